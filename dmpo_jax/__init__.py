@@ -1,0 +1,3 @@
+"""DMPO: divergence-minimisation preference optimisation of diffusion models in JAX."""
+
+__version__ = "0.1.0"
