@@ -1,0 +1,73 @@
+"""Reading a diffusers/transformers JSON configuration into a frozen dataclass, strictly."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def read_fields(
+  cls: type[Config], raw: Mapping[str, Any], neutral: Mapping[str, Any], *, where: str
+) -> Config:
+  """Builds `cls` from the JSON object `raw`.
+
+  A field of `raw` is either a field of `cls`, or listed in `neutral` and equal to one of the values
+  there (a field we do not implement, at the value that switches it off), or private (`_name`).
+  Anything else would silently change the model, so it is refused by name.
+
+  Args:
+    cls: a frozen dataclass; lists in `raw` become tuples.
+    raw: the parsed config.json.
+    neutral: unimplemented field -> tuple of values at which it has no effect.
+    where: the file, for the error message.
+
+  Raises:
+    ValueError: a field is missing, unknown, or set to a value that is not implemented.
+  """
+  known = {field.name: field for field in dataclasses.fields(cls)}
+  values = {}
+  for name, value in raw.items():
+    value = tuple(value) if isinstance(value, list) else value
+    if name in known:
+      values[name] = value
+    elif name.startswith("_"):
+      continue
+    elif name not in neutral:
+      raise ValueError(f"{where}: field {name!r} is not known to {cls.__name__}")
+    elif value not in neutral[name]:
+      allowed = " or ".join(repr(each) for each in neutral[name])
+      raise ValueError(
+        f"{where}: field {name!r} is {value!r}, which is not implemented; expected {allowed}"
+      )
+  missing = [
+    name
+    for name, field in known.items()
+    if name not in values and field.default is dataclasses.MISSING
+  ]
+  if missing:
+    raise ValueError(f"{where}: missing field(s) {', '.join(missing)}")
+  return cls(**values)
+
+
+def per_block(value: Any, blocks: int, name: str) -> tuple[Any, ...]:
+  """Repeats a scalar option for every block; checks the length of a per-block one.
+
+  >>> per_block(2, 3, "layers_per_block")
+  (2, 2, 2)
+  """
+  if not isinstance(value, tuple):
+    return (value,) * blocks
+  if len(value) != blocks:
+    raise ValueError(f"{name} has {len(value)} entries for {blocks} blocks")
+  return value
+
+
+def check_width(array: str, got: int, name: str, expected: int) -> None:
+  """Refuses an input whose last axis is not what the configuration's field `name` says.
+
+  Raises:
+    ValueError: `got` is not `expected`; else flax would shape the first layer after the input.
+  """
+  if got != expected:
+    raise ValueError(f"{array}: last axis is {got}; expected {expected}, the model's {name}")

@@ -1,0 +1,328 @@
+"""Our models against PyTorch's diffusers and transformers on the same random weights."""
+
+import dataclasses
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_models
+from flax import linen as nn
+
+from dmpo_jax import weights
+from dmpo_jax.models import clip, fields, init, layers, unet, vae
+
+TOLERANCE = 1e-4  # float32, absolute, on outputs of order 1
+SHRINK = 3e-3  # variances near 1e-5, where the epsilons of the normalisations show
+
+
+def random(seed, *shape):
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def ported_unet(config, dtype=jnp.float32, shrink=1.0):
+  """The torch UNet of `config`, ours, and its weights in ours."""
+  judge = torch_models.shrink(torch_models.unet(config), shrink)
+  ours = unet.UNet2DConditionModel(unet.read_config(dict(judge.config)), dtype)
+  shapes = init.param_shapes(ours, *unet_inputs(config))
+  return judge, ours, weights.from_diffusers(torch_models.state_dict(judge), shapes)
+
+
+def unet_inputs(config, height=9, width=7):
+  latents = random(1, 3, height, width, config.get("in_channels", 4))
+  return latents, np.array([0, 500, 999], np.int32), random(2, 3, 6, config["cross_attention_dim"])
+
+
+def run_judge(judge, latents, timesteps, prompt_embeds):
+  """The torch UNet on NHWC arrays; the output stays a tensor with its gradient."""
+  return judge(
+    torch_models.channels_first(latents),
+    torch.from_numpy(timesteps),
+    torch.from_numpy(prompt_embeds),
+  ).sample
+
+
+def max_difference(ours, judge):
+  ours, judge = np.asarray(ours), np.asarray(judge)
+  assert ours.shape == judge.shape
+  difference = np.abs(ours - judge).max()
+  print(f"max difference {difference:.2e} of {np.abs(judge).max():.2f}")
+  return difference
+
+
+@pytest.mark.parametrize(
+  ("config", "height", "width"),
+  [
+    pytest.param(torch_models.UNET_SD1, 9, 7, id="sd1-odd"),
+    pytest.param(torch_models.UNET_SD2, 11, 13, id="sd2-odd"),
+    pytest.param(torch_models.UNET_OTHER, 8, 8, id="other-fields"),
+  ],
+)
+def test_unet_equals_diffusers(config, height, width):
+  judge, ours, params = ported_unet(config)
+  inputs = unet_inputs(config, height, width)
+  with torch.no_grad():
+    expected = torch_models.channels_last(run_judge(judge, *inputs))
+  got = jax.jit(ours.apply)({"params": params}, *inputs)
+  assert np.abs(expected).max() > 0.5
+  assert max_difference(got, expected) <= TOLERANCE
+
+
+def test_unet_normalises_small_activations_as_diffusers_does():
+  judge, ours, params = ported_unet(torch_models.UNET_SD1, shrink=SHRINK)
+  inputs = unet_inputs(torch_models.UNET_SD1)
+  with torch.no_grad():
+    expected = torch_models.channels_last(run_judge(judge, *inputs))
+  got = jax.jit(ours.apply)({"params": params}, *inputs)
+  assert max_difference(got, expected) <= TOLERANCE * np.abs(expected).max()
+
+
+def test_unet_gradients_equal_autograd():
+  judge, ours, params = ported_unet(torch_models.UNET_SD1)
+  inputs = unet_inputs(torch_models.UNET_SD1)
+  target = random(3, *inputs[0].shape)
+
+  def squared_error(params):
+    return jnp.square(ours.apply({"params": params}, *inputs) - target).mean()
+
+  error, gradients = jax.jit(jax.value_and_grad(squared_error))(params)
+  expected = (run_judge(judge, *inputs) - torch_models.channels_first(target)).square().mean()
+  expected.backward()
+  np.testing.assert_allclose(error, expected.item(), rtol=1e-5)
+  gradients = weights.to_diffusers(gradients)
+  largest = max(parameter.grad.abs().max().item() for parameter in judge.parameters())
+  for name, parameter in judge.named_parameters():
+    np.testing.assert_allclose(
+      gradients.pop(name), parameter.grad.numpy(), rtol=0, atol=1e-5 * largest, err_msg=name
+    )
+  assert not gradients
+
+
+def test_unet_in_bfloat16_errs_no_more_than_diffusers_in_bfloat16():
+  judge, ours, params = ported_unet(torch_models.UNET_SD1, jnp.bfloat16)
+  latents, timesteps, prompt_embeds = unet_inputs(torch_models.UNET_SD1)
+  got = jax.jit(ours.apply)({"params": params}, latents, timesteps, prompt_embeds)
+  assert got.dtype == jnp.float32  # the errors are formed in float32
+  with torch.no_grad():
+    exact = torch_models.channels_last(run_judge(judge, latents, timesteps, prompt_embeds))
+    rounded = judge.to(torch.bfloat16)(
+      torch_models.channels_first(latents).bfloat16(),
+      torch.from_numpy(timesteps),
+      torch.from_numpy(prompt_embeds).bfloat16(),
+    ).sample.float()
+
+  def relative_error(array):
+    return np.sqrt(np.square(array - exact).mean() / np.square(exact).mean())
+
+  error, judge_error = relative_error(got), relative_error(torch_models.channels_last(rounded))
+  print(f"bfloat16: relative root mean square error {error:.4f}, diffusers {judge_error:.4f}")
+  assert 1e-3 < error < 1.25 * judge_error  # not below: then nothing ran in bfloat16
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"class_embed_type": "timestep"}, "'class_embed_type' is 'timestep'.* expected None"),
+    ({"addition_embed_type": "text_time"}, "'addition_embed_type' is 'text_time'"),
+    ({"resnet_time_scale_shift": "scale_shift"}, "'resnet_time_scale_shift' is 'scale_shift'"),
+    ({"num_attention_heads": 8}, "'num_attention_heads' is 8"),
+    ({"brand_new": 1}, "'brand_new' is not known to UNetConfig"),
+    ({"down_block_types": ["AttnDownBlock2D"] * 2}, "down_block_types: 'AttnDownBlock2D'"),
+    ({"up_block_types": ["UpBlock2D"]}, "up_block_types has 1 entries for 2 blocks"),
+    ({"layers_per_block": [1, 2]}, r"layers_per_block: \(1, 2\) is not implemented"),
+    ({"cross_attention_dim": [32, 64]}, "cross_attention_dim: .* expected one integer"),
+    ({"attention_head_dim": [4, 4, 4]}, "attention_head_dim has 3 entries for 2 blocks"),
+    ({"attention_head_dim": 5}, "attention_head_dim: 5 heads do not divide 32 channels"),
+    ({"norm_num_groups": 7}, "32 is not divisible by norm_num_groups 7"),
+  ],
+)
+def test_unet_config_is_refused_by_name(changes, message):
+  raw = torch_models.UNET_SD1 | {"in_channels": 4, "out_channels": 4}
+  with pytest.raises(ValueError, match=message):
+    unet.read_config(raw | changes)
+
+
+def test_missing_config_field_is_named_with_its_file():
+  raw = {name: value for name, value in torch_models.UNET_SD1.items() if name != "sample_size"}
+  with pytest.raises(ValueError, match="here.json: missing field.* in_channels, .*sample_size"):
+    unet.read_config(raw, "here.json")
+
+
+def test_inputs_of_another_width_are_refused():
+  ours = unet.UNet2DConditionModel(
+    unet.read_config(torch_models.UNET_SD1 | {"in_channels": 4, "out_channels": 4})
+  )
+  latents, timesteps, prompt_embeds = unet_inputs(torch_models.UNET_SD1)
+  with pytest.raises(ValueError, match="latents: last axis is 3; expected 4, .* in_channels"):
+    init.param_shapes(ours, latents[..., :3], timesteps, prompt_embeds)
+  with pytest.raises(ValueError, match="prompt_embeds: last axis is 31; expected 32"):
+    init.param_shapes(ours, latents, timesteps, prompt_embeds[..., :31])
+
+
+def test_timestep_embedding_by_hand():
+  embedding = unet.timestep_embedding(jnp.array([0, 1]), 4, flip_sin_to_cos=True, freq_shift=0)
+  expected = [[1, 1, 0, 0], [np.cos(1), np.cos(0.01), np.sin(1), np.sin(0.01)]]
+  np.testing.assert_allclose(embedding, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 13, 31, 47, 64])
+def test_upsample_nearest_equals_torch(length):
+  x = np.arange(2 * length * (length + 1), dtype=np.float32).reshape(2, length, length + 1, 1)
+  # A UNet asks for twice the size, or one less where its input was odd.
+  for size in (
+    (2 * length, 2 * length + 2),
+    (2 * length - 1, 2 * length + 1),
+    (length + 3, 5 * length),
+  ):
+    expected = torch.nn.functional.interpolate(torch_models.channels_first(x), size=size)
+    np.testing.assert_array_equal(
+      layers.upsample_nearest(jnp.asarray(x), size), torch_models.channels_last(expected)
+    )
+
+
+PLAIN_VAE = torch_models.VAE | {
+  "use_quant_conv": False,
+  "use_post_quant_conv": False,
+  "mid_block_add_attention": False,
+  "layers_per_block": 1,
+}
+
+
+@pytest.mark.parametrize(
+  ("config", "height", "width", "shrink"),
+  [
+    pytest.param(torch_models.VAE, 14, 18, 1.0, id="sd"),
+    pytest.param(torch_models.VAE, 13, 15, SHRINK, id="sd-odd-small-activations"),
+    pytest.param(PLAIN_VAE, 8, 8, 1.0, id="without-quant-conv-and-attention"),
+  ],
+)
+def test_vae_equals_diffusers(config, height, width, shrink):
+  judge = torch_models.shrink(torch_models.vae(config), shrink)
+  ours = vae.AutoencoderKL(vae.read_config(dict(judge.config)))
+  images = random(4, 2, height, width, 3)
+  params = weights.from_diffusers(torch_models.state_dict(judge), init.param_shapes(ours, images))
+  with torch.no_grad():
+    posterior = judge.encode(torch_models.channels_first(images)).latent_dist
+    images_expected = torch_models.channels_last(judge.decode(posterior.mean).sample)
+  moments = jax.jit(lambda p, x: ours.apply({"params": p}, x, method=ours.encode))(params, images)
+  mean, logvar = vae.split_moments(moments)
+  assert max_difference(mean, torch_models.channels_last(posterior.mean)) <= TOLERANCE
+  assert max_difference(logvar, torch_models.channels_last(posterior.logvar)) <= TOLERANCE
+  decoded = jax.jit(lambda p, x: ours.apply({"params": p}, x, method=ours.decode))(params, mean)
+  assert max_difference(decoded, images_expected) <= TOLERANCE
+
+
+def test_vae_refuses_what_it_does_not_implement():
+  raw = dict(torch_models.VAE, in_channels=3, out_channels=3)
+  with pytest.raises(ValueError, match="'shift_factor' is 0.1159.* expected None"):
+    vae.read_config(raw | {"shift_factor": 0.1159})
+  with pytest.raises(ValueError, match="up_block_types: 'AttnUpDecoderBlock2D'"):
+    vae.read_config(raw | {"up_block_types": ["AttnUpDecoderBlock2D"] * 2})
+  ours = vae.AutoencoderKL(vae.read_config(raw))
+  with pytest.raises(ValueError, match="images: last axis is 8; expected 3, .* in_channels"):
+    init.param_shapes(ours, random(0, 1, 3, 8, 8))  # NCHW
+  with pytest.raises(ValueError, match="latents: last axis is 3; expected 4"):
+    init.param_shapes(ours, random(0, 1, 8, 8, 3), method=ours.decode)
+
+
+def test_moments_are_clipped_and_sampled_as_diffusers_does():
+  moments = 40 * random(5, 2, 3, 3, 8)
+  judge = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(
+    torch_models.channels_first(moments)
+  )
+  mean, logvar = vae.split_moments(moments)
+  np.testing.assert_array_equal(mean, torch_models.channels_last(judge.mean))
+  np.testing.assert_array_equal(logvar, torch_models.channels_last(judge.logvar))
+
+  standard = np.concatenate([np.full((64, 8, 8, 4), 3.0), np.full((64, 8, 8, 4), np.log(4.0))], -1)
+  latents = vae.sample_latents(jax.random.key(0), standard, 0.5)
+  # 16,384 samples of N(3, 2^2), halved: the mean's standard error is 0.008.
+  np.testing.assert_allclose(latents.mean(), 1.5, atol=0.04)
+  np.testing.assert_allclose(latents.std(), 1.0, atol=0.03)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_clip_equals_transformers(activation):
+  config = torch_models.CLIP | {"hidden_act": activation, "layer_norm_eps": 1e-3}
+  judge = torch_models.clip(config)
+  ours = clip.CLIPTextModel(clip.read_config(judge.config.to_diff_dict()))
+  input_ids = np.random.default_rng(6).integers(0, 50, (3, 11)).astype(np.int32)
+  params = weights.from_diffusers(
+    torch_models.state_dict(judge), init.param_shapes(ours, input_ids)
+  )
+  with torch.no_grad():
+    expected = judge(torch.from_numpy(input_ids)).last_hidden_state.numpy()
+  got = jax.jit(ours.apply)({"params": params}, input_ids)
+  assert max_difference(got, expected) <= TOLERANCE
+
+
+def test_clip_refuses_what_it_does_not_implement():
+  with pytest.raises(ValueError, match="hidden_act 'relu' is not implemented"):
+    clip.read_config(torch_models.CLIP | {"hidden_act": "relu"})
+  with pytest.raises(ValueError, match="'dropout' is 0.1"):
+    clip.read_config(torch_models.CLIP | {"dropout": 0.1})
+  ours = clip.CLIPTextModel(clip.read_config(torch_models.CLIP))
+  with pytest.raises(ValueError, match="input_ids: 12 tokens; expected at most 11"):
+    init.param_shapes(ours, np.zeros((1, 12), np.int32))
+
+
+class Stack(nn.Module):
+  """A net whose depth can be changed, to see what the seed does."""
+
+  depth: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Embed(7, 64, name="table")(x)
+    for i in range(self.depth):
+      x = nn.Dense(256, name=f"hidden.{i}")(x)
+    return nn.LayerNorm(name="norm")(nn.Dense(3, name="proj_out")(x))
+
+
+def initial(depth=1, seed=0, **settings):
+  return init.initial_params(Stack(depth), seed, np.zeros((1,), np.int32), **settings)
+
+
+def test_initial_params_have_the_stated_distributions():
+  params = initial(depth=2)
+  # 256 x 256 samples: the standard error of the standard deviation is 0.28 %.
+  np.testing.assert_allclose(params["hidden.1"]["kernel"].std(), 256**-0.5, rtol=0.02)
+  np.testing.assert_allclose(params["table"]["embedding"].std(), 0.02, rtol=0.15)
+  assert (params["norm"]["scale"] == 1).all()
+  assert (params["norm"]["bias"] == 0).all() and (params["hidden.0"]["bias"] == 0).all()
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+def test_initial_params_depend_on_seed_and_path_alone():
+  params, deeper = initial(), initial(depth=2)
+  np.testing.assert_array_equal(params["hidden.0"]["kernel"], deeper["hidden.0"]["kernel"])
+  np.testing.assert_array_equal(params["proj_out"]["kernel"], deeper["proj_out"]["kernel"])
+  assert (params["proj_out"]["kernel"] != initial(seed=1)["proj_out"]["kernel"]).all()
+  first, second = deeper["hidden.0"]["kernel"], deeper["hidden.1"]["kernel"]
+  correlation = np.corrcoef(first.ravel(), second[:64].ravel())[0, 1]
+  assert abs(correlation) < 0.03  # 16,384 pairs: standard error 0.008
+
+
+def test_zero_names_modules_from_the_end_of_the_path():
+  params = initial(depth=2, zero=("proj_out", "hidden.0"))
+  assert not params["proj_out"]["kernel"].any() and not params["hidden.0"]["kernel"].any()
+  assert params["hidden.1"]["kernel"].all()
+  with pytest.raises(ValueError, match="zero: no kernel of Stack is named out;"):
+    initial(zero=("proj_out", "out"))
+
+
+def test_initial_params_refuse_an_unknown_leaf():
+  with pytest.raises(ValueError, match="negative_slope: no initialiser for 'negative_slope'"):
+    init.initial_params(nn.PReLU(), 0, np.zeros((1, 2), np.float32))
+
+
+def test_read_fields_turns_lists_into_tuples_and_skips_private_fields():
+  @dataclasses.dataclass(frozen=True)
+  class Config:
+    widths: tuple[int, ...]
+    depth: int = 1
+
+  raw = {"widths": [1, 2], "_version": "0.6", "act": "silu"}
+  assert fields.read_fields(Config, raw, {"act": ("silu",)}, where="x.json") == Config((1, 2))
