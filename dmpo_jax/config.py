@@ -1,0 +1,241 @@
+"""Frozen dataclasses of a run, and every check that needs no device.
+
+A file in `configs/` gives an ml_collections ConfigDict; `from_dict` turns it into a `Config` once,
+at the edge. No field has a default: a config file says everything.
+"""
+
+import dataclasses
+import math
+import types as python_types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+METHODS = {  # method -> the objective's fields that it reads
+  "dmpo": ("beta", "alpha"),
+  "dpo": ("beta", "label_smoothing"),
+  "fpo": ("beta", "alpha", "divergence", "order"),
+  "ipo": ("beta",),
+  "denoise": (),
+  "autoencoder": ("kl_weight",),
+}
+OPTIONAL = ("order",)  # may be None even where the method reads them; its loss checks them
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+  """What is minimised. Fields that the method does not read must be None."""
+
+  method: str
+  beta: float | None
+  alpha: float | None
+  label_smoothing: float | None
+  divergence: str | None
+  order: float | None
+  kl_weight: float | None
+
+  def __post_init__(self):
+    _check_choice("objective.method", self.method, METHODS)
+    reads = METHODS[self.method]
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name == "method":
+        continue
+      if field.name in reads and value is None and field.name not in OPTIONAL:
+        raise ValueError(
+          f"objective.{field.name}: method {self.method!r} needs it; expected a value, got None"
+        )
+      if field.name not in reads and value is not None:
+        raise ValueError(
+          f"objective.{field.name}: method {self.method!r} does not read it; expected None, "
+          f"got {value!r}"
+        )
+    if self.beta is not None:
+      _check_positive("objective.beta", self.beta)
+    if self.kl_weight is not None:
+      _check_positive("objective.kl_weight", self.kl_weight)
+
+  @property
+  def needs_reference(self) -> bool:
+    return "beta" in METHODS[self.method]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Attributes:
+  dataset: name of the TFDS builder and its config, `emoji_choice/top160`.
+  caption_dropout: probability in [0, 1) that a pair is trained on with the empty caption.
+  """
+
+  dataset: str
+  caption_dropout: float
+
+  def __post_init__(self):
+    if not 0 <= self.caption_dropout < 1:
+      raise ValueError(f"data.caption_dropout: expected [0, 1), got {self.caption_dropout}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """Attributes:
+  learning_rate: peak.
+  schedule: after the warm-up: constant, linear (to 0) or cosine (to 0).
+  clip_norm: largest global norm of the gradient.
+  ema_decay: 0 keeps no average; else the averaged parameters are evaluated and exported.
+  """
+
+  name: str
+  learning_rate: float
+  schedule: str
+  warmup_steps: int
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float
+  ema_decay: float
+
+  def __post_init__(self):
+    _check_choice("optim.name", self.name, ("adamw", "adafactor"))
+    _check_choice("optim.schedule", self.schedule, ("constant", "linear", "cosine"))
+    _check_positive("optim.learning_rate", self.learning_rate)
+    _check_positive("optim.clip_norm", self.clip_norm)
+    _check_positive("optim.eps", self.eps)
+    if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+      raise ValueError(f"optim.weight_decay: expected >= 0 and finite, got {self.weight_decay}")
+    if self.warmup_steps < 0:
+      raise ValueError(f"optim.warmup_steps: expected >= 0, got {self.warmup_steps}")
+    for name in ("b1", "b2", "ema_decay"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"optim.{name}: expected [0, 1), got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+  """Attributes:
+  compute: type of activations; parameters, errors and losses are float32 always.
+  reference: type in which the frozen reference's kernels are stored.
+  """
+
+  compute: str
+  reference: str
+
+  def __post_init__(self):
+    _check_choice("precision.compute", self.compute, DTYPES)
+    _check_choice("precision.reference", self.reference, DTYPES)
+    if self.reference == "bfloat16" and self.compute == "float32":
+      raise ValueError(
+        "precision.reference: bfloat16 with precision.compute=float32 would make the margins of "
+        "step 0 differ from zero; expected float32, or set precision.compute=bfloat16"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How images are made in evaluation: DDIM steps, guidance scale, images per prompt."""
+
+  steps: int
+  guidance_scale: float
+  images_per_prompt: int
+
+  def __post_init__(self):
+    _check_positive("sampling.steps", self.steps)
+    _check_positive("sampling.images_per_prompt", self.images_per_prompt)
+    if not (self.guidance_scale >= 1 and math.isfinite(self.guidance_scale)):
+      raise ValueError(
+        f"sampling.guidance_scale: expected >= 1 (1 switches guidance off) and finite, "
+        f"got {self.guidance_scale}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run.
+
+  Attributes:
+    base: a diffusers folder, or `emoji` for the one that is shipped.
+    batch_size: examples (pairs) per update over all devices and accumulation parts.
+    accumulation: parts of the batch that are run one after the other.
+    fsdp: devices over which parameters are split; the others hold copies and split the batch.
+    log_every, validate_every, save_every: in steps.
+    keep: checkpoints that are kept, the best one beside them.
+  """
+
+  base: str
+  seed: int
+  steps: int
+  batch_size: int
+  accumulation: int
+  fsdp: int
+  log_every: int
+  validate_every: int
+  save_every: int
+  keep: int
+  objective: ObjectiveConfig
+  data: DataConfig
+  optim: OptimConfig
+  precision: PrecisionConfig
+  sampling: SamplingConfig
+
+  def __post_init__(self):
+    for name in (
+      "steps batch_size accumulation fsdp log_every validate_every save_every keep"
+    ).split():
+      _check_positive(name, getattr(self, name))
+    if self.seed < 0:
+      raise ValueError(f"seed: expected >= 0, got {self.seed}")
+    if self.optim.warmup_steps >= self.steps:
+      raise ValueError(
+        f"optim.warmup_steps: expected fewer than steps={self.steps}, got {self.optim.warmup_steps}"
+      )
+
+
+def from_dict(raw: Mapping[str, Any]) -> Config:
+  """Checks names, types and ranges of all fields.
+
+  Raises:
+    ValueError: unknown or missing field, wrong type or value; the field is named with its path.
+  """
+  return _read(Config, raw, "")
+
+
+def _read(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
+  hints = typing.get_type_hints(cls)
+  unknown = sorted(set(raw) - set(hints))
+  if unknown:
+    raise ValueError(f"config: unknown field {prefix}{unknown[0]}; known: {', '.join(hints)}")
+  missing = sorted(set(hints) - set(raw))
+  if missing:
+    raise ValueError(f"config: missing field {prefix}{missing[0]}")
+  values = {}
+  for name, hint in hints.items():
+    if dataclasses.is_dataclass(hint):
+      if not isinstance(raw[name], Mapping) and not hasattr(raw[name], "items"):
+        raise ValueError(f"config: {prefix}{name}: expected a group of fields, got {raw[name]!r}")
+      values[name] = _read(hint, raw[name], f"{prefix}{name}.")
+    else:
+      values[name] = _check_type(prefix + name, raw[name], hint)
+  return cls(**values)
+
+
+def _check_type(path: str, value: Any, hint: Any) -> Any:
+  allowed = typing.get_args(hint) if isinstance(hint, python_types.UnionType) else (hint,)
+  if value is None and python_types.NoneType in allowed:
+    return None
+  if float in allowed and type(value) is int:
+    return float(value)
+  if type(value) not in allowed:
+    names = " or ".join(each.__name__ for each in allowed)
+    raise ValueError(f"config: {path}: expected {names}, got {value!r}")
+  return value
+
+
+def _check_choice(name: str, value: str, choices) -> None:
+  if value not in choices:
+    raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_positive(name: str, value: float) -> None:
+  if not (value > 0 and math.isfinite(value)):
+    raise ValueError(f"{name}: expected > 0 and finite, got {value}")

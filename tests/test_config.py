@@ -1,0 +1,342 @@
+"""config.py and configs/*.py: what is read, what is overridden, and how bad input is refused."""
+
+import copy
+import dataclasses
+import pathlib
+import sys
+
+import pytest
+
+from dmpo_jax import cli, config
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+DEMO = str(CONFIGS / "emoji_dmpo.py")
+BASE = str(CONFIGS / "emoji_base.py")
+
+
+@pytest.fixture(scope="module")
+def demo():
+  return cli.read_config(DEMO, [])
+
+
+def replaced(raw, path, value):
+  """A copy of nested dicts with one field set."""
+  raw = copy.deepcopy(raw)
+  *groups, leaf = path.split(".")
+  group = raw
+  for name in groups:
+    group = group[name]
+  group[leaf] = value
+  return raw
+
+
+def with_objective(raw, **fields):
+  names = [field.name for field in dataclasses.fields(config.ObjectiveConfig)]
+  return {**raw, "objective": {**dict.fromkeys(names), **fields}}
+
+
+def refusal(function, *arguments):
+  with pytest.raises(ValueError) as caught:
+    function(*arguments)
+  return str(caught.value)
+
+
+def groups(value):
+  """The dataclass and those within it."""
+  yield value
+  for field in dataclasses.fields(value):
+    if dataclasses.is_dataclass(getattr(value, field.name)):
+      yield from groups(getattr(value, field.name))
+
+
+# File -> the groups in it that are runs; "" is the file itself.
+SHIPPED = {"emoji_dmpo": ("",), "emoji_base": ("autoencoder", "denoise")}
+RUNS = [(name, part) for name, parts in SHIPPED.items() for part in parts]
+
+
+def shipped(name, part):
+  raw = cli.read_config(str(CONFIGS / f"{name}.py"), [])
+  return raw[part] if part else raw
+
+
+@pytest.mark.parametrize("name, part", RUNS)
+def test_shipped_files_are_valid(name, part):
+  raw = shipped(name, part)
+  read = config.from_dict(raw)
+  assert dataclasses.asdict(read) == raw  # nothing is dropped, added or renamed
+  for group in groups(read):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      setattr(group, dataclasses.fields(group)[0].name, None)
+
+
+def test_every_shipped_file_is_covered():
+  assert set(SHIPPED) == {path.stem for path in CONFIGS.glob("*.py")}
+
+
+def test_shipped_files_are_what_their_docstrings_say():
+  read = {part: config.from_dict(shipped(name, part)) for name, part in RUNS}
+  assert (read[""].base, read[""].objective.method) == ("emoji", "dmpo")
+  assert read[""].objective.needs_reference
+  for part, method in (("autoencoder", "autoencoder"), ("denoise", "denoise")):
+    assert read[part].objective.method == method
+    assert not read[part].objective.needs_reference
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize(
+  "override, path, value",
+  [
+    ("steps=40", "steps", 40),
+    ("base=runs/mine=2", "base", "runs/mine=2"),
+    ("optim.learning_rate=1e-5", "optim.learning_rate", 1e-5),
+    ("optim.clip_norm=2", "optim.clip_norm", 2.0),
+    ("objective.beta=500", "objective.beta", 500.0),
+    ("sampling.steps=3", "sampling.steps", 3),
+    ("data.dataset=emoji_choice/all", "data.dataset", "emoji_choice/all"),
+    ("precision.compute=bfloat16", "precision.compute", "bfloat16"),
+  ],
+)
+def test_an_override_sets_its_field_and_no_other(demo, override, path, value):
+  raw = cli.read_config(DEMO, [f"--config.{override}"])
+  assert raw == replaced(demo, path, value)
+  group = config.from_dict(raw)
+  for name in path.split("."):
+    group = getattr(group, name)
+  assert group == value and type(group) is type(value)
+
+
+def test_overrides_are_those_of_the_caller_not_of_the_process(demo, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["pytest", f"--config={DEMO}", "--config.steps=7"])
+  assert cli.read_config(DEMO, []) == demo
+  assert cli.read_config(DEMO, ["--config.seed=3"]) == replaced(demo, "seed", 3)
+
+
+def test_the_last_of_equal_overrides_counts(demo):
+  path = "objective.alpha"
+  for values, expected in ((("0.1", "0.2"), 0.2), (("0.1", "None"), None), (("None", "0.1"), 0.1)):
+    raw = cli.read_config(DEMO, [f"--config.{path}={value}" for value in values])
+    assert raw == replaced(demo, path, expected)
+
+
+def test_overrides_reach_the_stages_of_the_base_recipe():
+  raw = cli.read_config(BASE, ["--config.denoise.optim.ema_decay=0.5", "--config.emoji=736"])
+  assert config.from_dict(raw["denoise"]).optim.ema_decay == 0.5
+  assert raw["emoji"] == 736 and raw["autoencoder"]["optim"]["ema_decay"] == 0.0
+
+
+def test_every_method_can_be_chosen_on_the_command_line():
+  clear = "--config.objective.alpha=None"
+  chosen = {
+    "dpo": [clear, "--config.objective.label_smoothing=0.1"],
+    "fpo": ["--config.objective.divergence=alpha", "--config.objective.order=0.5"],
+    "ipo": [clear],
+    "denoise": [clear, "--config.objective.beta=None"],
+    "autoencoder": [clear, "--config.objective.beta=None", "--config.objective.kl_weight=1e-3"],
+  }
+  for method, overrides in chosen.items():
+    raw = cli.read_config(DEMO, [f"--config.objective.method={method}", *overrides])
+    assert config.from_dict(raw).objective.method == method
+  assert set(chosen) | {"dmpo"} == set(config.METHODS)
+
+
+@pytest.mark.parametrize(
+  "override, text",
+  [
+    ("--config.optim.lr=1", "--config.optim.lr: unknown field 'lr' in optim; known: b1, b2, clip"),
+    ("--config.sed=1", "--config.sed: unknown field 'sed'; known: accumulation, base, batch_size"),
+    ("--config.sed=None", "--config.sed: unknown field 'sed'; known:"),
+    ("--config.optm.b1=None", "--config.optm.b1: unknown field 'optm'; known:"),
+    ("--config.steps.x=1", "--config.steps.x: unknown field 'x' in steps; it is not a group"),
+    ("--config.steps", "--config.steps: expected --config.FIELD=VALUE"),
+    ("--config.steps=1.5", "flag --config.steps=1.5: invalid literal for int()"),
+    ("--config.seed=true", "flag --config.seed=true: invalid literal for int()"),
+    ("--config.objective.beta=", "flag --config.objective.beta=: could not convert string"),
+    ("--config.optim=3", "flag --config.optim=3: Failed to parse '3' as a ConfigDict"),
+  ],
+)
+def test_bad_overrides_are_named(override, text):
+  assert text in refusal(cli.read_config, DEMO, [override])
+
+
+def test_none_is_refused_where_a_value_is_needed():
+  for field, kind in (("steps", "int"), ("optim.eps", "float"), ("data.dataset", "str")):
+    raw = cli.read_config(DEMO, [f"--config.{field}=None"])
+    assert refusal(config.from_dict, raw) == f"config: {field}: expected {kind}, got None"
+
+
+def test_a_missing_file_is_named():
+  assert refusal(cli.read_config, "configs/none.py", []) == (
+    "configuration 'configs/none.py': no such file; expected for example configs/emoji_dmpo.py"
+  )
+
+
+# --- names and types ---
+
+
+def test_unknown_and_missing_fields_are_named(demo):
+  text = refusal(config.from_dict, {**demo, "learning_rate": 1.0})
+  assert text.startswith(
+    "config: unknown field learning_rate; known: base, seed, steps, batch_size"
+  )
+  text = refusal(config.from_dict, replaced(demo, "optim.lr", 1.0))
+  assert text.startswith("config: unknown field optim.lr; known: name, learning_rate, schedule")
+  for path in ("keep", "sampling.steps", "objective.order", "precision"):
+    raw = copy.deepcopy(demo)
+    *names, leaf = path.split(".")
+    group = raw
+    for name in names:
+      group = group[name]
+    del group[leaf]
+    assert refusal(config.from_dict, raw) == f"config: missing field {path}"
+
+
+@pytest.mark.parametrize(
+  "path, value, expected",
+  [
+    ("steps", 10.0, "int, got 10.0"),
+    ("steps", True, "int, got True"),
+    ("seed", "0", "int, got '0'"),
+    ("base", 3, "str, got 3"),
+    ("optim.learning_rate", "1e-4", "float, got '1e-4'"),
+    ("optim.learning_rate", False, "float, got False"),
+    ("optim.ema_decay", None, "float, got None"),
+    ("objective.beta", "1", "float or NoneType, got '1'"),
+    ("objective.divergence", 1, "str or NoneType, got 1"),
+    ("data", 3, "a group of fields, got 3"),
+    ("sampling", None, "a group of fields, got None"),
+  ],
+)
+def test_wrong_types_are_named(demo, path, value, expected):
+  text = refusal(config.from_dict, replaced(demo, path, value))
+  assert text == f"config: {path}: expected {expected}"
+
+
+def test_whole_numbers_may_stand_for_floats(demo):
+  read = config.from_dict(replaced(demo, "objective.beta", 2000))
+  assert read.objective.beta == 2000.0 and type(read.objective.beta) is float
+
+
+# --- ranges ---
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+  "path, value, expected",
+  [
+    *[
+      (name, 0, "> 0 and finite, got 0")
+      for name in (
+        "steps batch_size accumulation fsdp log_every validate_every save_every keep"
+      ).split()
+    ],
+    ("steps", -1, "> 0 and finite, got -1"),
+    ("seed", -1, ">= 0, got -1"),
+    ("objective.beta", 0.0, "> 0 and finite, got 0.0"),
+    ("objective.beta", INF, "> 0 and finite, got inf"),
+    ("objective.method", "kto", "one of dmpo, dpo, fpo, ipo, denoise, autoencoder, got 'kto'"),
+    ("data.caption_dropout", 1.0, "[0, 1), got 1.0"),
+    ("data.caption_dropout", -0.1, "[0, 1), got -0.1"),
+    ("data.caption_dropout", NAN, "[0, 1), got nan"),
+    ("optim.name", "sgd", "one of adamw, adafactor, got 'sgd'"),
+    ("optim.schedule", "step", "one of constant, linear, cosine, got 'step'"),
+    ("optim.learning_rate", 0.0, "> 0 and finite, got 0.0"),
+    ("optim.learning_rate", NAN, "> 0 and finite, got nan"),
+    ("optim.clip_norm", -1.0, "> 0 and finite, got -1.0"),
+    ("optim.clip_norm", INF, "> 0 and finite, got inf"),
+    ("optim.eps", 0.0, "> 0 and finite, got 0.0"),
+    ("optim.weight_decay", -0.01, ">= 0 and finite, got -0.01"),
+    ("optim.weight_decay", NAN, ">= 0 and finite, got nan"),
+    ("optim.b1", 1.0, "[0, 1), got 1.0"),
+    ("optim.b2", NAN, "[0, 1), got nan"),
+    ("optim.ema_decay", 1.0, "[0, 1), got 1.0"),
+    ("optim.warmup_steps", -1, ">= 0, got -1"),
+    ("optim.warmup_steps", 300, "fewer than steps=300, got 300"),
+    ("precision.compute", "float16", "one of float32, bfloat16, got 'float16'"),
+    ("precision.reference", "int8", "one of float32, bfloat16, got 'int8'"),
+    ("sampling.steps", 0, "> 0 and finite, got 0"),
+    ("sampling.images_per_prompt", 0, "> 0 and finite, got 0"),
+    *[
+      ("sampling.guidance_scale", value, f">= 1 (1 switches guidance off) and finite, got {value}")
+      for value in (0.5, NAN, INF)
+    ],
+  ],
+)
+def test_values_out_of_range_are_named(demo, path, value, expected):
+  text = refusal(config.from_dict, replaced(demo, path, value))
+  assert text == f"{path}: expected {expected}"
+
+
+@pytest.mark.parametrize(
+  "path, value",
+  [
+    ("seed", 0),
+    ("data.caption_dropout", 0.0),
+    ("optim.warmup_steps", 0),
+    ("optim.warmup_steps", 299),
+    ("optim.b1", 0.0),
+    ("optim.weight_decay", 0.0),
+    ("sampling.guidance_scale", 1.0),
+  ],
+)
+def test_values_at_the_edge_of_the_range_are_taken(demo, path, value):
+  config.from_dict(replaced(demo, path, value))
+
+
+def test_a_coarser_reference_than_the_policy_is_refused(demo):
+  raw = replaced(demo, "precision.reference", "bfloat16")
+  assert refusal(config.from_dict, raw) == (
+    "precision.reference: bfloat16 with precision.compute=float32 would make the margins of "
+    "step 0 differ from zero; expected float32, or set precision.compute=bfloat16"
+  )
+  config.from_dict(replaced(raw, "precision.compute", "bfloat16"))
+
+
+# --- fields of the objective ---
+
+VALUES = {
+  "beta": 100.0,
+  "alpha": 0.01,
+  "label_smoothing": 0.1,
+  "divergence": "js",
+  "order": 0.5,
+  "kl_weight": 1e-3,
+}
+
+
+def test_the_table_of_methods_knows_every_field():
+  names = {field.name for field in dataclasses.fields(config.ObjectiveConfig)}
+  assert set(VALUES) == names - {"method"}
+  assert {field for reads in config.METHODS.values() for field in reads} == set(VALUES)
+
+
+@pytest.mark.parametrize("method", config.METHODS)
+def test_a_method_takes_exactly_the_fields_that_it_reads(demo, method):
+  needed = {name: VALUES[name] for name in config.METHODS[method]}
+  read = config.from_dict(with_objective(demo, method=method, **needed))
+  assert read.objective == config.ObjectiveConfig(
+    method=method, **{**dict.fromkeys(VALUES), **needed}
+  )
+  assert read.objective.needs_reference == (method in ("dmpo", "dpo", "fpo", "ipo"))
+  for name in set(VALUES) - set(needed):
+    raw = with_objective(demo, method=method, **needed, **{name: VALUES[name]})
+    assert refusal(config.from_dict, raw) == (
+      f"objective.{name}: method {method!r} does not read it; expected None, got {VALUES[name]!r}"
+    )
+  for name in set(needed) - set(config.OPTIONAL):
+    raw = with_objective(demo, method=method, **{**needed, name: None})
+    assert refusal(config.from_dict, raw) == (
+      f"objective.{name}: method {method!r} needs it; expected a value, got None"
+    )
+
+
+def test_only_some_divergences_have_an_order(demo):
+  fields = dict(beta=100.0, alpha=0.01, divergence="js")
+  assert config.from_dict(with_objective(demo, method="fpo", **fields)).objective.order is None
+
+
+def test_kl_weight_must_be_positive(demo):
+  raw = with_objective(demo, method="autoencoder", kl_weight=-1.0)
+  assert refusal(config.from_dict, raw) == "objective.kl_weight: expected > 0 and finite, got -1.0"

@@ -1,0 +1,247 @@
+"""diffusion.py against diffusers' schedulers and float64 formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from scipy import stats
+
+from dmpo_jax import diffusion, sample
+
+SCHEDULES = {
+  "sd15": dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+  "ddpm": dict(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+  "cosine": dict(beta_schedule="squaredcos_cap_v2"),
+  "short": dict(beta_schedule="linear", num_train_timesteps=37),
+}
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+every_prediction = pytest.mark.parametrize("prediction_type", diffusion.PREDICTION_TYPES)
+SHAPE = (6, 3, 4, 2)
+
+
+def config_of(name, **more):
+  return diffusion.ScheduleConfig(**SCHEDULES[name], **more)
+
+
+def alphas_oracle(name):
+  """prod (1 - beta) in float64, one factor after the other."""
+  s = {"beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000, **SCHEDULES[name]}
+  total, found, product = s["num_train_timesteps"], [], 1.0
+  for t in range(total):
+    share = t / (total - 1)
+    if s["beta_schedule"] == "linear":
+      beta = s["beta_start"] + share * (s["beta_end"] - s["beta_start"])
+    elif s["beta_schedule"] == "scaled_linear":
+      low, high = s["beta_start"] ** 0.5, s["beta_end"] ** 0.5
+      beta = (low + share * (high - low)) ** 2
+    else:
+      this, last = (np.cos((u / total + 0.008) / 1.008 * np.pi / 2) ** 2 for u in (t + 1, t))
+      beta = min(1 - this / last, 0.999)
+    product *= 1 - beta
+    found.append(product)
+  return np.array(found)
+
+
+def example(seed=0, total=1000):
+  """(latents, noise, timesteps) with both ends of the schedule among the timesteps."""
+  generator = np.random.default_rng(seed)
+  latents, noise = generator.standard_normal((2, *SHAPE), np.float32)
+  timesteps = np.array([0, total - 1, *generator.integers(0, total, SHAPE[0] - 2)], np.int32)
+  return latents, noise, timesteps
+
+
+@every_schedule
+def test_schedule_is_the_product_of_its_betas(name):
+  abar = diffusion.alphas_cumprod(config_of(name))
+  assert abar.dtype == np.float32
+  # One rounding to float32; the float64 products differ by far less.
+  np.testing.assert_allclose(abar, alphas_oracle(name), rtol=2.0**-24 * 1.01)
+  assert (np.diff(abar) < 0).all() and 0 < abar[-1] < abar[0] < 1
+
+
+@every_schedule
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
+def test_schedule_is_that_of_diffusers(name, scheduler):
+  theirs = scheduler(**SCHEDULES[name]).alphas_cumprod.numpy()
+  ours = diffusion.alphas_cumprod(config_of(name))
+  # diffusers rounds every 1 - beta and every product to float32: up to 1000 factors, each within
+  # 2 roundings of 2^-24, is 1.2e-4; near the capped end of the cosine 1 - beta = 0.001 itself was
+  # rounded with an error of 2^-25 absolute, 3e-5 relative.
+  np.testing.assert_allclose(ours, theirs, rtol=1.5e-4)
+
+
+@every_schedule
+def test_add_noise_is_that_of_diffusers_and_the_formula(name):
+  config = config_of(name)
+  abar = diffusion.alphas_cumprod(config)
+  latents, noise, timesteps = example(total=config.num_train_timesteps)
+  ours = jax.jit(diffusion.add_noise)(latents, noise, timesteps, jnp.asarray(abar))
+  theirs = DDPMScheduler(**SCHEDULES[name]).add_noise(
+    *map(torch.from_numpy, example(total=config.num_train_timesteps)[:2]),
+    torch.from_numpy(timesteps).long(),
+  )
+  # 1.5e-4 relative in abar (above) is half of that in its root; |x| < 5.
+  np.testing.assert_allclose(ours, theirs.numpy(), atol=4e-4)
+  level = alphas_oracle(name)[timesteps][:, None, None, None]
+  oracle = np.sqrt(level) * latents + np.sqrt(1 - level) * noise
+  # 1 - abar_0 is 1e-4 with a rounding of 2^-24: 3e-4 relative, its root (0.01) 1.5e-6 absolute.
+  np.testing.assert_allclose(ours, oracle, atol=1e-5)
+
+
+@every_schedule
+def test_velocity_is_that_of_diffusers_and_the_formula(name):
+  config = config_of(name)
+  abar = jnp.asarray(diffusion.alphas_cumprod(config))
+  latents, noise, timesteps = example(1, config.num_train_timesteps)
+  ours = diffusion.prediction_target(
+    "v_prediction", jnp.asarray(latents), jnp.asarray(noise), jnp.asarray(timesteps), abar
+  )
+  theirs = DDPMScheduler(**SCHEDULES[name]).get_velocity(
+    torch.from_numpy(latents), torch.from_numpy(noise), torch.from_numpy(timesteps).long()
+  )
+  np.testing.assert_allclose(ours, theirs.numpy(), atol=4e-4)
+  level = alphas_oracle(name)[timesteps][:, None, None, None]
+  oracle = np.sqrt(level) * noise - np.sqrt(1 - level) * latents
+  np.testing.assert_allclose(ours, oracle, atol=1e-5)
+
+
+def test_other_targets_are_the_arguments_themselves():
+  latents, noise, timesteps = map(jnp.asarray, example())
+  abar = jnp.asarray(diffusion.alphas_cumprod(config_of("sd15")))
+  for kind, expected in (("epsilon", noise), ("sample", latents)):
+    target = diffusion.prediction_target(kind, latents, noise, timesteps, abar)
+    np.testing.assert_array_equal(target, expected)
+
+
+@every_prediction
+@pytest.mark.parametrize("name", ["sd15", "ddpm"])
+def test_a_perfect_prediction_splits_into_latents_and_noise(prediction_type, name):
+  """What training asks for is what sampling understands."""
+  abar = jnp.asarray(diffusion.alphas_cumprod(config_of(name)))
+  latents, noise, _ = map(jnp.asarray, example(2))
+
+  @jax.jit
+  def recover(timestep):
+    timesteps = jnp.full(SHAPE[:1], timestep)
+    noisy = diffusion.add_noise(latents, noise, timesteps, abar)
+    target = diffusion.prediction_target(prediction_type, latents, noise, timesteps, abar)
+    return sample.split_prediction(prediction_type, target, noisy, abar[timestep])
+
+  for timestep in (0, 1, 500, 998, 999):
+    x0, eps = recover(jnp.int32(timestep))
+    # Of the three, x_0 from eps is divided by the signal and eps from x_0 by the noise level:
+    # |x| < 5 with three roundings of 2^-24, over a level of at least 0.006.
+    worst = 5 * 3 * 2.0**-24 / 0.006
+    np.testing.assert_allclose(x0, latents, atol=worst)
+    np.testing.assert_allclose(eps, noise, atol=worst)
+
+
+# --- the draw ---
+
+
+def test_noising_is_a_function_of_the_key():
+  shape = (8, 2, 2, 3)
+  first = diffusion.sample_noising(jax.random.key(5), shape, 1000)
+  again = jax.jit(diffusion.sample_noising, static_argnums=(1, 2))(jax.random.key(5), shape, 1000)
+  other = diffusion.sample_noising(jax.random.key(6), shape, 1000)
+  for this, same, different in zip(first, again, other, strict=True):
+    np.testing.assert_array_equal(this, same)
+    assert (np.asarray(this) != np.asarray(different)).any()
+  assert first.timesteps.shape == (8,) and first.timesteps.dtype == jnp.int32
+  assert first.noise.shape == shape and first.noise.dtype == jnp.float32
+
+
+def test_timesteps_are_uniform_over_the_whole_range():
+  total, count = 100, 50_000
+  timesteps, _ = diffusion.sample_noising(jax.random.key(11), (count, 1, 1, 1), total)
+  counts = np.bincount(timesteps, minlength=total)
+  assert len(counts) == total and counts.min() > 0
+  statistic = ((counts - count / total) ** 2).sum() / (count / total)
+  low, high = stats.chi2.ppf([1e-4, 1 - 1e-4], total - 1)
+  assert low < statistic < high
+
+
+def test_noise_is_standard_normal_and_independent():
+  timesteps, noise = diffusion.sample_noising(jax.random.key(12), (512, 4, 4, 16), 1000)
+  flat = np.asarray(noise, np.float64).reshape(512, -1)
+  count = flat.size
+  # Five standard errors of the first four moments of a standard normal.
+  assert abs(flat.mean()) < 5 / count**0.5
+  assert abs(flat.var() - 1) < 5 * (2 / count) ** 0.5
+  assert abs((flat**3).mean()) < 5 * (15 / count) ** 0.5
+  assert abs((flat**4).mean() - 3) < 5 * (96 / count) ** 0.5
+  between = np.corrcoef(flat)[np.triu_indices(512, 1)]  # examples
+  assert abs(between).max() < 6 / flat.shape[1] ** 0.5
+  assert abs(np.corrcoef(flat[:, 0], timesteps)[0, 1]) < 5 / 512**0.5
+
+
+# --- scheduler_config.json ---
+
+
+@pytest.mark.parametrize(
+  "scheduler", [DDIMScheduler(clip_sample=False), DDPMScheduler(clip_sample=False)]
+)
+def test_read_config_takes_what_diffusers_writes(scheduler):
+  read = diffusion.read_config(dict(scheduler.config))
+  expected = diffusion.ScheduleConfig()
+  assert read == expected
+  for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset"):
+    assert getattr(read, name) == scheduler.config[name]
+
+
+def test_read_config_keeps_every_field_that_matters():
+  raw = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 500,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+  }
+  assert diffusion.read_config(raw) == diffusion.ScheduleConfig(
+    500, 0.00085, 0.012, "scaled_linear", "v_prediction", False, 1, "leading", False
+  )
+
+
+@pytest.mark.parametrize(
+  "field, value, text",
+  [
+    ("beta_schedule", "sigmoid", "beta_schedule is 'sigmoid'; expected one of ('linear', 'scaled"),
+    ("prediction_type", "flow", "prediction_type is 'flow'; expected one of ('epsilon', 'v_pred"),
+    ("timestep_spacing", "trailing", "timestep_spacing is 'trailing'; expected one of ('leading',"),
+    ("clip_sample", True, "clip_sample is True; expected one of (False,)"),
+    ("num_train_timesteps", 0, "num_train_timesteps is 0; expected an integer >= 1"),
+    ("num_train_timesteps", "1000", "num_train_timesteps is '1000'; expected an integer >= 1"),
+    ("num_train_timesteps", True, "num_train_timesteps is True; expected an integer >= 1"),
+    ("steps_offset", -1, "steps_offset is -1; expected an integer >= 0"),
+    ("beta_start", 0.0, "beta_start is 0.0; expected a number in (0, 1)"),
+    ("beta_end", 1.5, "beta_end is 1.5; expected a number in (0, 1)"),
+    ("beta_end", "0.02", "beta_end is '0.02'; expected a number in (0, 1)"),
+    (
+      "rescale_betas_zero_snr",
+      True,
+      "rescale_betas_zero_snr is True, which is not implemented; ex",
+    ),
+    ("thresholding", True, "thresholding is True, which is not implemented; expected False"),
+    ("trained_betas", [0.1], "trained_betas is [0.1], which is not implemented; expected None"),
+  ],
+)
+def test_what_is_not_implemented_is_refused(field, value, text):
+  with pytest.raises(ValueError) as caught:
+    diffusion.read_config({field: value})
+  assert str(caught.value).startswith(f"scheduler_config.json: {text}")
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+def test_clipping_by_default_is_refused(scheduler):
+  """A file that leaves clip_sample out makes diffusers clip: its samples would not be ours."""
+  assert scheduler().config.clip_sample is True
+  with pytest.raises(ValueError, match="clip_sample is absent, which DD.MScheduler takes as True"):
+    diffusion.read_config({"_class_name": scheduler.__name__})
