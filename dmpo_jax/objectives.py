@@ -1,0 +1,188 @@
+"""The objectives of the three trainings: preference pairs, captioned images, the autoencoder.
+
+Each binds models and hyper-parameters and returns a `train_step.Objective`. Models enter as
+`apply(params, ...)` functions, so that nothing here depends on flax.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dmpo_jax import diffusion, losses, train_step, types
+from dmpo_jax.models import vae
+
+DEAD_ZONE = 0.05  # a pair is in the dead zone when |dL/du| is below this share of its peak
+
+PreferenceLoss = Callable[..., tuple[Float[Array, " B"], losses.LossParts]]
+
+
+class Frozen(NamedTuple):
+  """What the objectives read and never train: one jit argument, neither donated nor saved."""
+
+  reference: train_step.Params | None
+  text_encoder: train_step.Params | None
+
+
+class Denoiser(NamedTuple):
+  """The model functions and constants that turn latents and tokens into denoising errors.
+
+  Attributes:
+    unet: (params, noisy latents [B, h, w, c], timesteps [B], prompt_embeds [B, L, D]) -> output
+      [B, h, w, c].
+    text_encoder: (params, input_ids [B, L]) -> prompt_embeds [B, L, D].
+    alphas_cumprod: abar_t [T].
+    prediction_type: what `unet` predicts: epsilon, v_prediction or sample.
+    scaling_factor: of the latents.
+    dtype: in which `unet` computes.
+  """
+
+  unet: Callable
+  text_encoder: Callable
+  alphas_cumprod: Float[Array, " T"]
+  prediction_type: str
+  scaling_factor: float
+  dtype: DTypeLike
+
+
+def cast_kernels(params: train_step.Params, dtype: DTypeLike) -> train_step.Params:
+  """Kernels and embeddings in the compute type, as separate values; biases and scales as they are.
+
+  The barrier keeps XLA from undoing the rounding where it fuses the cast with a float32 operation,
+  which it does on CPU: a float32 policy and its bfloat16 reference then compute the same.
+  """
+
+  def cast(leaf):
+    return leaf.astype(dtype) if leaf.ndim > 1 else leaf
+
+  return jax.lax.optimization_barrier(jax.tree.map(cast, params))
+
+
+def squared_errors(
+  denoiser: Denoiser,
+  params: train_step.Params,
+  latents: Float[Array, "B h w c"],
+  noise: Float[Array, "B h w c"],
+  timesteps: Int[Array, " B"],
+  prompt_embeds: Float[Array, "B L D"],
+) -> Float[Array, " B"]:
+  """Squared error of the prediction, *mean* over h, w, c, float32: the e of the paper's margin."""
+  abar = denoiser.alphas_cumprod
+  noisy = diffusion.add_noise(latents, noise, timesteps, abar)
+  target = diffusion.prediction_target(denoiser.prediction_type, latents, noise, timesteps, abar)
+  prediction = denoiser.unet(params, noisy, timesteps, prompt_embeds)
+  return jnp.square(prediction.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
+
+
+class PairExamples(NamedTuple):
+  latents: Float[Array, "B 2 h w c"]  # winner, loser
+  noising: diffusion.Noising
+  input_ids: Int[Array, "B L"]
+
+
+def preference_objective(
+  denoiser: Denoiser, loss_fn: PreferenceLoss, *, peak_weight: float
+) -> train_step.Objective:
+  """A loss on pairs against a frozen reference: policy parameters are trained, nothing else.
+
+  Winner and loser share timestep and noise (Diffusion-DPO's code). The reference takes the very
+  same code path, so that policy == reference gives margins of exactly zero.
+
+  Args:
+    loss_fn: (err_w, err_l, ref_err_w, ref_err_l) -> (loss [B], parts), from `losses`.
+    peak_weight: the largest |dL/du| of `loss_fn`, for the dead-zone share.
+  """
+
+  def draw(batch: types.PreferenceBatch, key) -> PairExamples:
+    key_noising, key_latents = jax.random.split(key)
+    # Winner beside loser on axis 1: a pair stays on its device (concatenation would move it).
+    moments = jnp.stack([batch.moments_w, batch.moments_l], axis=1)
+    latents = vae.sample_latents(key_latents, moments, denoiser.scaling_factor)
+    steps = len(denoiser.alphas_cumprod)
+    noising = diffusion.sample_noising(key_noising, latents[:, 0].shape, steps)
+    return PairExamples(latents, noising, batch.input_ids)
+
+  def loss(params, frozen: Frozen, examples: PairExamples):
+    prompt_embeds = denoiser.text_encoder(frozen.text_encoder, examples.input_ids)
+
+    # Recomputed in the backward pass, nothing saved: saved values would be fused into the policy's
+    # forward pass and not into the reference's, and its rounding would differ from theirs. So the
+    # two are the same program, and equal parameters give a margin of exactly zero.
+    forward = jax.checkpoint(functools.partial(squared_errors, denoiser))
+
+    def errors(unet_params):
+      flat = [x.repeat(2, axis=0) for x in (examples.noising.noise, examples.noising.timesteps)]
+      latents = examples.latents.reshape(-1, *examples.latents.shape[2:])
+      kernels = cast_kernels(unet_params, denoiser.dtype)
+      return forward(kernels, latents, *flat, prompt_embeds.repeat(2, axis=0)).reshape(-1, 2)
+
+    err, ref_err = errors(params), jax.lax.stop_gradient(errors(frozen.reference))
+    values, parts = loss_fn(err[:, 0], err[:, 1], ref_err[:, 0], ref_err[:, 1])
+    metrics = {name: value for name, value in parts._asdict().items() if name != "gradient_weight"}
+    metrics["dead_zone"] = (parts.gradient_weight < DEAD_ZONE * peak_weight).astype(jnp.float32)
+    metrics["denoising_loss"] = err.mean(axis=1)
+    return values, metrics
+
+  return train_step.Objective(draw, loss)
+
+
+class CaptionedExamples(NamedTuple):
+  latents: Float[Array, "B h w c"]
+  noising: diffusion.Noising
+  input_ids: Int[Array, "B L"]
+
+
+def denoising_objective(denoiser: Denoiser) -> train_step.Objective:
+  """Plain denoising of captioned images (Ho et al., eq. 14): trains UNet and text encoder."""
+
+  def draw(batch: types.CaptionedBatch, key) -> CaptionedExamples:
+    key_noising, key_latents = jax.random.split(key)
+    latents = vae.sample_latents(key_latents, batch.moments, denoiser.scaling_factor)
+    steps = len(denoiser.alphas_cumprod)
+    noising = diffusion.sample_noising(key_noising, latents.shape, steps)
+    return CaptionedExamples(latents, noising, batch.input_ids)
+
+  def loss(params, frozen, examples: CaptionedExamples):
+    del frozen
+    prompt_embeds = denoiser.text_encoder(params["text_encoder"], examples.input_ids)
+    timesteps, noise = examples.noising
+    err = squared_errors(
+      denoiser, params["unet"], examples.latents, noise, timesteps, prompt_embeds
+    )
+    return err, {}
+
+  return train_step.Objective(draw, loss)
+
+
+class ImageExamples(NamedTuple):
+  images: Float[Array, "B H W 3"]
+  noise: Float[Array, "B h w c"]
+
+
+def reconstruction_objective(
+  encode: Callable, decode: Callable, *, latent_shape: tuple[int, int, int], kl_weight: float
+) -> train_step.Objective:
+  """Mean squared reconstruction error + kl_weight * mean KL(posterior || N(0, I)) per latent.
+
+  The KL term, in nats, is (mean^2 + exp(logvar) - 1 - logvar) / 2 (Kingma and Welling,
+  arXiv 1312.6114, appendix B). Where every latent is in use, the posterior's noise adds
+  kl_weight / 2 to the squared error at the optimum. [derived: d/d logvar of both terms is equal]
+  """
+
+  def draw(batch: types.ImageBatch, key) -> ImageExamples:
+    noise = jax.random.normal(key, (batch.images.shape[0], *latent_shape), jnp.float32)
+    return ImageExamples(batch.images, noise)
+
+  def loss(params, frozen, examples: ImageExamples):
+    del frozen
+    mean, logvar = vae.split_moments(encode(params, examples.images))
+    latents = mean + jnp.exp(0.5 * logvar) * examples.noise
+    error = jnp.square(decode(params, latents) - examples.images).mean(axis=(1, 2, 3))
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).mean(axis=(1, 2, 3))
+    return error + kl_weight * kl, {"squared_error": error, "kl": kl}
+
+  return train_step.Objective(draw, loss)

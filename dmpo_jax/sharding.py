@@ -1,0 +1,149 @@
+"""The mesh ("data", "fsdp"), the placement of batches and states on it, and the batch-size check.
+
+A batch is split over both axes: every device works on its own examples. Parameters and optimiser
+moments are split over "fsdp" only and repeated along "data".
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+AXES = ("data", "fsdp")
+# Elements; chosen here: below 256 KiB of float32 a gather's latency costs more than it saves.
+MIN_SHARDED_SIZE = 2**16
+
+
+def make_mesh(
+  data: int | None = None, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """The mesh of `data` x `fsdp` devices.
+
+  Args:
+    data: groups of devices that each hold a whole state; None: as many as the devices allow.
+    fsdp: devices over which one state is split.
+    devices: all devices of all processes if None.
+
+  Raises:
+    ValueError: `data` x `fsdp` is not the number of devices.
+
+  >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+  {'data': 1, 'fsdp': 1}
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  if fsdp < 1 or (data is not None and data < 1):
+    raise ValueError(f"mesh: data {data} x fsdp {fsdp}; expected both at least 1")
+  if data is None:
+    data = len(devices) // fsdp
+  if data * fsdp != len(devices):
+    valid = [f"{len(devices) // n} x {n}" for n in _divisors(len(devices))]
+    raise ValueError(
+      f"mesh: data {data} x fsdp {fsdp} is not the {len(devices)} device(s) there are; "
+      f"expected one of {', '.join(valid)}"
+    )
+  # Auto: with the default, Explicit, indexing or convolving a sharded array raises.
+  return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def _divisors(number: int) -> list[int]:
+  return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The first axis split over all devices, the other axes whole."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def fsdp_shardings(
+  tree: PyTree, mesh: Mesh, *, min_size: int = MIN_SHARDED_SIZE
+) -> PyTree[NamedSharding]:
+  """A sharding for every leaf: its largest axis that "fsdp" divides, split over "fsdp".
+
+  Depends on the leaf's shape alone, so Adam's moments lie where their parameters lie. Of axes of
+  one size the last is split: the output features of a linen kernel, which leaves the sums over
+  the input features on one device.
+
+  Args:
+    tree: arrays or `jax.ShapeDtypeStruct`; a whole TrainState will do.
+    min_size: elements; smaller leaves, and those without such an axis, are replicated.
+
+  >>> mesh = make_mesh(devices=jax.devices()[:1])
+  >>> fsdp_shardings({"step": np.zeros(())}, mesh)["step"].spec
+  P()
+  """
+  return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh, min_size)), tree)
+
+
+def _spec(shape: tuple[int, ...], mesh: Mesh, min_size: int) -> PartitionSpec:
+  parts = mesh.shape["fsdp"]
+  fitting = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
+  if parts == 1 or math.prod(shape) < min_size or not fitting:
+    return PartitionSpec()
+  _, axis = max(fitting)
+  return PartitionSpec(*[None] * axis, "fsdp")
+
+
+def abstract_tree(tree: PyTree, shardings: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and places without values: what a checkpoint is restored onto."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+  )
+
+
+def put_batch(batch: PyTree[np.ndarray], mesh: Mesh) -> PyTree[jax.Array]:
+  """This process's share of a batch -> global arrays, split over all devices.
+
+  Args:
+    batch: arrays [global batch / processes, ...]; the shares are joined in the order of the mesh.
+  """
+  place = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+
+
+def put_tree(tree: PyTree, shardings: PyTree) -> PyTree[jax.Array]:
+  """Host values, the same on every process -> global arrays at `shardings`.
+
+  Always copies, so that one source may give both the policy, whose buffers are donated, and the
+  reference.
+
+  Args:
+    tree: numpy arrays, or jax arrays that this process holds whole.
+  """
+
+  def put(leaf, place):
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, place, lambda index: np.array(host[index]))
+
+  return jax.tree.map(put, tree, shardings)
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+  """Refuses a batch that cannot be cut into equal parts.
+
+  Args:
+    batch_size: global examples (pairs) per update.
+    accumulation: parts of a batch that run one after the other.
+
+  Raises:
+    ValueError: `batch_size` is not a positive multiple of devices x accumulation, or
+      `accumulation` is below 1.
+  """
+  if accumulation < 1:
+    raise ValueError(f"accumulation: {accumulation}; expected at least 1")
+  unit = mesh.size * accumulation
+  if batch_size > 0 and batch_size % unit == 0:
+    return
+  below = max(batch_size, 0) // unit * unit
+  nearest = [str(size) for size in (below, below + unit) if size > 0]
+  raise ValueError(
+    f"batch_size: {batch_size} cannot be split over {mesh.size} device(s) x {accumulation} "
+    f"accumulation part(s); expected a multiple of {unit}: {' or '.join(nearest)}"
+  )

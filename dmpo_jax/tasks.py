@@ -1,0 +1,168 @@
+"""What a run trains, on what, against what: one builder per kind of objective.
+
+A `Task` is all that the loop in `train` needs to know; the loop is the same for all of them.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmpo_jax import base as base_lib
+from dmpo_jax import config as config_lib
+from dmpo_jax import losses, objectives, train_step
+from dmpo_jax.data import encode, pipeline
+from dmpo_jax.data.emoji_choice import captions
+
+MAX_VALIDATION_PAIRS = 256
+
+
+class Task(NamedTuple):
+  """Attributes:
+  params: what is trained, at its start; numpy.
+  frozen: what the objective reads and does not train.
+  objective: see `train_step.Objective`.
+  batches: start step -> endless iterator of this process's numpy batches.
+  describe: step -> ids of the records in that step's batch, for error messages.
+  validation: one numpy batch that is evaluated again and again, or None.
+  """
+
+  params: train_step.Params
+  frozen: Any
+  objective: train_step.Objective
+  batches: Callable[[int], Iterator[Any]]
+  describe: Callable[[int], Sequence[str]]
+  validation: Any | None
+
+
+def bind_loss(config: config_lib.ObjectiveConfig) -> objectives.PreferenceLoss:
+  """The loss of `losses` with its hyper-parameters bound.
+
+  Raises:
+    ValueError: a hyper-parameter is out of range (the loss is tried on one pair).
+  """
+  bound = {
+    "dmpo": lambda: functools.partial(losses.dmpo_loss, beta=config.beta, alpha=config.alpha),
+    "dpo": lambda: functools.partial(
+      losses.dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing
+    ),
+    "fpo": lambda: functools.partial(
+      losses.fpo_loss,
+      beta=config.beta,
+      alpha=config.alpha,
+      divergence=config.divergence,
+      a=config.order,
+    ),
+    "ipo": lambda: functools.partial(losses.ipo_loss, beta=config.beta),
+  }[config.method]()
+  one = jax.ShapeDtypeStruct((1,), jnp.float32)
+  jax.eval_shape(bound, one, one, one, one)
+  return bound
+
+
+def reference_params(params: train_step.Params, dtype: str) -> train_step.Params:
+  """The frozen reference: a copy, kernels in `dtype`, everything else float32.
+
+  Biases and norm scales enter the computation in float32 (or are rounded there as the policy's
+  are), so only with them unrounded is the policy at step 0 exactly the reference.
+  """
+
+  def copy(leaf):
+    return np.array(leaf, dtype=jnp.dtype(dtype) if np.ndim(leaf) > 1 else np.float32)
+
+  return jax.tree.map(copy, params)
+
+
+def preference_task(
+  config: config_lib.Config, base: base_lib.Base, encoded: encode.Encoded
+) -> Task:
+  """Preference optimisation of the base's UNet on encoded pairs."""
+  loss_fn = bind_loss(config.objective)
+  objective = objectives.preference_objective(
+    base.denoiser(), loss_fn, peak_weight=losses.peak_gradient_weight(loss_fn)
+  )
+  source, seed = encoded.splits["train"], config.seed
+  if len(source) < config.batch_size:
+    raise ValueError(
+      f"batch_size: {config.batch_size} is larger than the {len(source)} pairs of the train split"
+    )
+
+  def batches(start):
+    return pipeline.preference_batches(
+      source,
+      seed=seed,
+      batch_size=config.batch_size,
+      caption_dropout=config.data.caption_dropout,
+      empty_ids=base.tokenizer([""])[0],
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      start=start,
+    )
+
+  return Task(
+    params=base.params["unet"],
+    frozen=objectives.Frozen(
+      reference_params(base.params["unet"], config.precision.reference),
+      base.params["text_encoder"],
+    ),
+    objective=objective,
+    batches=batches,
+    describe=lambda step: pipeline.record_ids(
+      source, seed=seed, batch_size=config.batch_size, step=step
+    ),
+    validation=pipeline.load_split(encoded.splits["validation"], MAX_VALIDATION_PAIRS),
+  )
+
+
+def denoising_task(
+  config: config_lib.Config, base: base_lib.Base, source: captions.CaptionedEmoji
+) -> Task:
+  """Plain denoising of captioned emoji: trains the base's UNet and text encoder."""
+
+  def batches(start):
+    return captions.captioned_batches(
+      source,
+      seed=config.seed,
+      batch_size=config.batch_size,
+      caption_dropout=config.data.caption_dropout,
+      empty_ids=base.tokenizer([""])[0],
+      start=start,
+    )
+
+  return Task(
+    params={"unet": base.params["unet"], "text_encoder": base.params["text_encoder"]},
+    frozen=objectives.Frozen(None, None),
+    objective=objectives.denoising_objective(base.denoiser()),
+    batches=batches,
+    describe=lambda step: [f"batch {step} of {len(source)} captions, seed {config.seed}"],
+    validation=None,
+  )
+
+
+def autoencoder_task(config: config_lib.Config, base: base_lib.Base, images: np.ndarray) -> Task:
+  """Reconstruction of images [n, H, W, 3]: trains the base's VAE."""
+
+  def encode_images(params, batch):
+    return base.vae.apply({"params": params}, batch, method="encode")
+
+  def decode_latents(params, latents):
+    return base.vae.apply({"params": params}, latents, method="decode")
+
+  return Task(
+    params=base.params["vae"],
+    frozen=objectives.Frozen(None, None),
+    objective=objectives.reconstruction_objective(
+      encode_images,
+      decode_latents,
+      latent_shape=base.latent_shape,
+      kl_weight=config.objective.kl_weight,
+    ),
+    batches=lambda start: captions.image_batches(
+      images, seed=config.seed, batch_size=config.batch_size, start=start
+    ),
+    describe=lambda step: [f"batch {step} of {len(images)} images, seed {config.seed}"],
+    validation=None,
+  )

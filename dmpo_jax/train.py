@@ -1,0 +1,291 @@
+"""The training loop: build, jit, restore, step, log, validate, save. The same for every task.
+
+A run is a folder: `run.json` (the configuration), `checkpoints/`, `metrics.jsonl`, `tensorboard/`.
+The same command run again goes on from the last checkpoint.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmpo_jax import checkpoint, logs, optimizer, sharding, tasks, train_step
+from dmpo_jax import config as config_lib
+
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+BEST_METRIC = "validation/margin"
+# What may differ when a run is resumed: it changes neither the parameters nor what they mean.
+FREE_ON_RESUME = ("fsdp", "log_every", "validate_every", "save_every", "keep", "sampling")
+VALIDATION_STREAM = 2**31 - 1  # folded into the root key in place of a step, which stays below
+
+
+class TrainingStopped(RuntimeError):
+  """The loss or the gradient is not finite; the last good checkpoint stays."""
+
+
+def train(config: config_lib.Config, task: tasks.Task, out: pathlib.Path) -> train_step.Params:
+  """Trains up to `config.steps`, resuming what `out` holds.
+
+  Returns:
+    The trained parameters (their average if `optim.ema_decay` > 0), on the mesh.
+
+  Raises:
+    ValueError: the batch does not fit the devices, or `out` holds another run.
+    TrainingStopped: a loss or gradient norm is not finite.
+  """
+  mesh = sharding.make_mesh(fsdp=config.fsdp)
+  sharding.check_batch(config.batch_size, config.accumulation, mesh)
+  claim_folder(out, config)
+  chain = optimizer.make_optimizer(config.optim, config.steps)
+
+  init = functools.partial(train_step.init_state, optimizer=chain)
+  shapes = jax.eval_shape(init, task.params)
+  state_shardings = sharding.fsdp_shardings(shapes, mesh)
+  frozen_shardings = sharding.fsdp_shardings(task.frozen, mesh)
+  replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  frozen = sharding.put_tree(task.frozen, frozen_shardings)
+  step_fn = jax.jit(
+    functools.partial(
+      train_step.train_step,
+      objective=task.objective,
+      optimizer=chain,
+      accumulation=config.accumulation,
+    ),
+    in_shardings=(state_shardings, frozen_shardings, rows, replicated),
+    out_shardings=(state_shardings, replicated),
+    donate_argnums=0,
+  )
+  root_key = jax.device_put(jax.random.key(config.seed), replicated)
+  validate = _make_validation(task, mesh, root_key)
+
+  reference = getattr(task.frozen, "reference", None)
+  with checkpoint.Checkpoints(
+    out / CHECKPOINTS,
+    keep=config.keep,
+    best_metric=BEST_METRIC if validate else None,
+    reference=checkpoint.fingerprint(reference) if reference is not None else {},
+    config=dataclasses.asdict(config),
+  ) as checkpoints:
+    state = checkpoints.restore_latest(sharding.abstract_tree(shapes, state_shardings))
+    if state is None:
+      params = sharding.put_tree(task.params, state_shardings.params)
+      state = jax.jit(init, out_shardings=state_shardings)(params)
+    start = int(state.step)
+    _announce(config, mesh, shapes, start, out)
+    pending = collections.deque()
+    validation = {}
+    with (
+      logs.MetricLog(out, start) as log,
+      logs.progress(config.steps, start, f"training ({config.objective.method})") as bar,
+    ):
+      if validate and start == 0:
+        validation = validate(state.params, frozen)
+        log.write(0, validation)
+      clock, clock_step = time.monotonic(), start
+      for step, batch in zip(range(start, config.steps), task.batches(start), strict=False):
+        state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh), root_key)
+        done = step + 1
+        pending.append((done, metrics))
+        if len(pending) > 1:  # let the device run one step ahead of the host
+          _check_finite(*pending[-2], task)
+        last = done == config.steps
+        record = {}
+        if validate and (last or done % config.validate_every == 0):
+          validation = validate(state.params, frozen)
+          record.update(validation)
+          _warn_if_worse(validation, done)
+        if last or done % config.log_every == 0 or record:
+          _check_finite(*pending[-1], task)
+          record.update(_mean_of(pending))
+          pending.clear()
+          now = time.monotonic()
+          record["train/pairs_per_second"] = (
+            (done - clock_step) * config.batch_size / max(now - clock, 1e-9)
+          )
+          record["train/learning_rate"] = float(
+            optimizer.learning_rate(config.optim, config.steps)(step)
+          )
+          log.write(done, record)
+          bar.set_postfix_str(_postfix(record))
+          clock, clock_step = time.monotonic(), done
+        if last or done % config.save_every == 0:
+          if pending:
+            _check_finite(*pending[-1], task)
+          checkpoints.save(state, validation)
+        bar.update()
+    checkpoints.wait()
+  return optimizer.averaged_params(state.opt_state, state.params)
+
+
+def claim_folder(out: pathlib.Path, config: config_lib.Config) -> None:
+  """Writes `run.json`, or checks that the folder's own says the same.
+
+  Raises:
+    ValueError: the folder holds another run (the fields that differ are named), or something else.
+  """
+  path = out / RUN_FILE
+  ours = json.loads(json.dumps(dataclasses.asdict(config)))
+  if path.exists():
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    differences = list(_differences(theirs, ours))
+    if differences:
+      raise ValueError(
+        f"{out} already holds another run: {'; '.join(differences)}. Give another --out, or the "
+        "configuration that it was started with"
+      )
+    return
+  if out.exists() and any((out / name).exists() for name in (CHECKPOINTS, logs.METRICS_FILE)):
+    raise ValueError(f"{out} holds checkpoints or metrics but no {RUN_FILE}; give another --out")
+  out.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = ""):
+  for name in {**theirs, **ours}:
+    path, there, here = prefix + name, theirs.get(name), ours.get(name)
+    if path in FREE_ON_RESUME or there == here:
+      continue
+    if isinstance(there, dict) and isinstance(here, dict):
+      yield from _differences(there, here, path + ".")
+    else:
+      yield f"{path} is {there!r} there and {here!r} here"
+
+
+def read_run(out: pathlib.Path) -> config_lib.Config:
+  """The configuration of the run in a folder.
+
+  Raises:
+    ValueError: there is no run.
+  """
+  path = out / RUN_FILE
+  if not path.is_file():
+    raise ValueError(f"{out}: no {RUN_FILE}; expected the folder of a training run")
+  return config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def load_trained(
+  out: pathlib.Path, params: train_step.Params, step: int | None = None
+) -> train_step.Params:
+  """The parameters that a run trained (their average if it keeps one), numpy.
+
+  Args:
+    params: a tree of the same shapes, for instance the base's.
+    step: of the checkpoint; the last one if None.
+
+  Raises:
+    ValueError: no checkpoint, damaged, or of another model.
+  """
+  config, folder = read_run(out), out / CHECKPOINTS
+  if config.optim.ema_decay == 0:
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.float32), params)
+    return jax.tree.map(np.asarray, checkpoint.load_params(folder, shapes, step))
+  chain = optimizer.make_optimizer(config.optim, config.steps)
+  shapes = jax.eval_shape(functools.partial(train_step.init_state, optimizer=chain), params)
+  metadata = checkpoint.read_metadata(folder, step)
+  with checkpoint.Checkpoints(
+    folder,
+    keep=config.keep,
+    best_metric=None,
+    reference=metadata["reference"],
+    config=metadata["config"],
+  ) as checkpoints:
+    state = checkpoints.restore_latest(shapes)
+  return jax.tree.map(np.asarray, optimizer.averaged_params(state.opt_state, state.params))
+
+
+def _make_validation(task: tasks.Task, mesh, root_key):
+  """A function (params, frozen) -> metrics on the validation batch, the same noise every time."""
+  if task.validation is None:
+    return None
+  size = len(jax.tree.leaves(task.validation)[0]) // mesh.size * mesh.size
+  batch = jax.tree.map(lambda x: x[:size], task.validation)
+  key = jax.random.fold_in(root_key, VALIDATION_STREAM)
+  examples = jax.jit(task.objective.draw)(batch, key)
+  examples = jax.device_put(examples, sharding.batch_sharding(mesh))
+
+  @jax.jit
+  def evaluate(params, frozen, examples):
+    loss, metrics = task.objective.loss(params, frozen, examples)
+    summary = {name: jnp.mean(values) for name, values in {"loss": loss, **metrics}.items()}
+    if "margin" in metrics:
+      summary["margin_abs_max"] = jnp.max(jnp.abs(metrics["margin"]))
+    return summary
+
+  def validate(params, frozen):
+    values = evaluate(params, frozen, examples)
+    return {f"validation/{name}": float(value) for name, value in values.items()}
+
+  return validate
+
+
+def _check_finite(step: int, metrics: Mapping[str, jax.Array], task: tasks.Task) -> None:
+  bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(metrics[name]))]
+  if bad:
+    raise TrainingStopped(
+      f"{' and '.join(bad)} not finite in step {step} (from step {step - 1} to {step}), records "
+      f"{', '.join(task.describe(step - 1))}. Nothing was repaired and the last checkpoint is "
+      "intact; lower optim.learning_rate or objective.beta, or look at those records"
+    )
+
+
+def _mean_of(pending) -> dict[str, float]:
+  names = pending[0][1]
+  return {
+    f"train/{name}": float(np.mean([float(metrics[name]) for _, metrics in pending]))
+    for name in names
+  }
+
+
+def _warn_if_worse(validation: Mapping[str, float], step: int) -> None:
+  advantage = validation.get("validation/winner_advantage", 0.0)
+  if advantage < 0:
+    warnings.warn(
+      f"step {step}: the policy denoises the preferred images worse than the reference does "
+      f"(validation/winner_advantage {advantage:.2e}): the margin grows by pushing the "
+      "dispreferred images away. If it goes on falling, lower the learning rate or raise beta",
+      stacklevel=2,
+    )
+
+
+def _postfix(record: Mapping[str, float]) -> str:
+  shown = ("train/loss", "train/margin", "train/accuracy", "validation/margin")
+  return ", ".join(f"{name} {record[name]:.4g}" for name in shown if name in record)
+
+
+def _announce(config: config_lib.Config, mesh, shapes, start: int, out: pathlib.Path) -> None:
+  if jax.process_index() > 0:
+    return
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+  objective = config.objective
+  settings = {
+    name: value
+    for name, value in dataclasses.asdict(objective).items()
+    if value is not None and name != "method"
+  }
+  lines = [
+    f"run      {out}" + (f", resumed at step {start}" if start else ""),
+    f"method   {objective.method} {settings}"
+    + (" (mean-form errors, kappa = beta / 2)" if objective.needs_reference else ""),
+    f"batch    {config.batch_size} per update, {config.accumulation} accumulation part(s), "
+    f"{config.steps} steps",
+    f"rate     {config.optim.learning_rate:g} peak, {config.optim.schedule}, warm-up "
+    f"{config.optim.warmup_steps} steps, {config.optim.name}",
+    f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}, "
+    f"state {size / 2**20 / mesh.shape['fsdp']:.1f} MiB a device",
+  ]
+  print("\n".join(lines), flush=True)

@@ -1,0 +1,90 @@
+"""Imports only go down; the pure floors import nothing that does I/O; no cycles; no pickle."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "dmpo_jax"
+LEVELS = {
+  0: ["__init__", "config", "types"],
+  1: ["models", "losses", "diffusion"],
+  2: ["data", "weights", "sharding", "optimizer"],
+  3: ["train_step", "objectives", "sample", "base", "checkpoint", "logs", "report", "figures"]
+  + ["report_style"],
+  4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base"],
+  5: ["cli"],
+}
+LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
+PURE = [*LEVELS[0], *LEVELS[1], "train_step", "objectives", "sample", "sharding", "optimizer"]
+IMPURE = {"tensorflow", "tensorflow_datasets", "torch", "orbax", "absl", "ml_collections"}
+NOWHERE = {"tensorflow", "torch", "transformers", "diffusers", "pickle", "chex"}
+
+
+def modules():
+  for path in sorted(PACKAGE.rglob("*.py")):
+    name = path.relative_to(PACKAGE).with_suffix("").as_posix()
+    yield name.removesuffix("/__init__"), path
+
+
+def imports(path):
+  """Full names of all imports, also those inside functions."""
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}: relative import"
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(name):
+  return name.split("/")[0]
+
+
+def internal(name):
+  """`dmpo_jax.data.images.x` -> data; None for other packages."""
+  parts = name.split(".")
+  if parts[0] != "dmpo_jax":
+    return None
+  return parts[1] if len(parts) > 1 and parts[1] in LEVEL_OF else "__init__"
+
+
+@pytest.mark.parametrize("name, path", list(modules()))
+def test_imports_go_down(name, path):
+  assert room(name) in LEVEL_OF, f"{name}: say on which floor it lives"
+  for imported in imports(path):
+    target = internal(imported)
+    if target is not None:
+      assert LEVEL_OF[target] <= LEVEL_OF[room(name)], f"{name} imports {imported}, a floor above"
+
+
+@pytest.mark.parametrize("name, path", list(modules()))
+def test_purity(name, path):
+  forbidden = NOWHERE | (IMPURE if room(name) in PURE else set())
+  for imported in imports(path):
+    assert imported.split(".")[0] not in forbidden, f"{name} imports {imported}"
+
+
+def test_no_cycles():
+  graph = {}
+  for name, path in modules():
+    targets = {internal(imported) for imported in imports(path)} - {None, room(name)}
+    graph.setdefault(room(name), set()).update(targets)
+  done, active = set(), []
+
+  def visit(node):
+    assert node not in active, f"import cycle: {' -> '.join([*active, node])}"
+    if node in done:
+      return
+    active.append(node)
+    for target in sorted(graph.get(node, ())):
+      visit(target)
+    done.add(active.pop())
+
+  for node in sorted(graph):
+    visit(node)
+
+
+def test_no_pickled_arrays():
+  for name, path in modules():
+    assert "allow_pickle=True" not in path.read_text(encoding="utf-8"), name

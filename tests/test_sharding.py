@@ -1,0 +1,204 @@
+"""Mesh, placement and batch check, on 8 CPU devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from dmpo_jax import optimizer, sharding, train_step
+from dmpo_jax.models import init, unet
+
+UNET = unet.UNetConfig(
+  in_channels=4,
+  out_channels=4,
+  block_out_channels=(8, 16),
+  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+  layers_per_block=1,
+  cross_attention_dim=12,
+  attention_head_dim=2,
+  sample_size=8,
+  norm_num_groups=4,
+)
+
+
+def unet_params():
+  inputs = np.zeros((1, 8, 8, 4), np.float32), np.zeros(1, np.int32), np.zeros((1, 5, 12))
+  return init.initial_params(unet.UNet2DConditionModel(UNET, np.dtype(np.float32)), 0, *inputs)
+
+
+def chain():
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3), optimizer.params_ema(0.9))
+
+
+def spec(shape, *, fsdp=2, min_size=1):
+  mesh = sharding.make_mesh(fsdp=fsdp)
+  return sharding.fsdp_shardings(np.zeros(shape), mesh, min_size=min_size).spec
+
+
+@pytest.mark.parametrize(
+  ("arguments", "expected"),
+  [({}, (8, 1)), ({"fsdp": 2}, (4, 2)), ({"data": 1, "fsdp": 8}, (1, 8))],
+)
+def test_mesh_has_the_asked_axes(arguments, expected):
+  mesh = sharding.make_mesh(**arguments)
+  assert tuple(mesh.shape.items()) == (("data", expected[0]), ("fsdp", expected[1]))
+  assert set(mesh.devices.flat) == set(jax.devices())
+  assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+def test_mesh_of_some_devices():
+  mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
+  assert list(mesh.devices.flat) == jax.devices()[:2]
+
+
+def test_mesh_that_does_not_match_the_devices_is_refused():
+  message = r"data 3 x fsdp 2 is not the 8 device\(s\).*8 x 1, 4 x 2, 2 x 4, 1 x 8"
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(3, 2)
+  with pytest.raises(ValueError, match="data 2 x fsdp 3 is not the 8"):
+    sharding.make_mesh(fsdp=3)
+  with pytest.raises(ValueError, match="expected both at least 1"):
+    sharding.make_mesh(fsdp=0)
+  with pytest.raises(ValueError, match="expected both at least 1"):
+    sharding.make_mesh(-2, 2)
+
+
+@pytest.mark.parametrize(
+  ("shape", "expected"),
+  [
+    pytest.param((3, 3, 4, 8), (None, None, None, "fsdp"), id="largest"),
+    pytest.param((3, 3, 8, 4), (None, None, "fsdp"), id="largest-not-last"),
+    pytest.param((6, 6), (None, "fsdp"), id="tie-takes-last"),
+    pytest.param((9, 4), (None, "fsdp"), id="largest-indivisible"),
+    pytest.param((3, 5), (), id="indivisible"),
+    pytest.param((), (), id="scalar"),
+  ],
+)
+def test_largest_divisible_axis_is_split(shape, expected):
+  assert spec(shape) == PartitionSpec(*expected)
+
+
+def test_small_leaves_and_one_part_are_replicated():
+  assert spec((8, 8), min_size=64) == PartitionSpec(None, "fsdp")
+  assert spec((8, 8), min_size=65) == PartitionSpec()
+  assert spec((8, 8), fsdp=1) == PartitionSpec()
+
+
+def test_state_of_a_unet_moments_lie_with_their_parameters():
+  mesh = sharding.make_mesh(fsdp=2)
+  state = jax.eval_shape(lambda p: train_step.init_state(p, chain()), unet_params())
+  places = sharding.fsdp_shardings(state, mesh, min_size=256)
+  adam, ema = places.opt_state[1][0], places.opt_state[2].ema
+  assert adam.mu == places.params
+  assert adam.nu == places.params
+  assert ema == places.params
+  assert places.step.spec == adam.count.spec == PartitionSpec()
+  split = [place for place in jax.tree.leaves(places.params) if "fsdp" in place.spec]
+  assert 20 < len(split) < len(jax.tree.leaves(places.params))
+
+
+def test_put_tree_places_values_and_never_aliases():
+  mesh = sharding.make_mesh(fsdp=2)
+  params = unet_params()
+  before = jax.tree.map(np.copy, params)
+  places = sharding.fsdp_shardings(params, mesh, min_size=256)
+  policy = sharding.put_tree(params, places)
+  reference = sharding.put_tree(params, places)
+  kernel = policy["conv_in"]["kernel"]
+  assert kernel.sharding == places["conv_in"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (3, 3, 4, 4)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(policy), before)
+
+  add = jax.jit(
+    lambda p: jax.tree.map(lambda x: x + 1.0, p), donate_argnums=0, out_shardings=places
+  )
+  jax.block_until_ready(add(policy))
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(reference), before)
+  jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_put_tree_of_arrays_already_there_copies():
+  place = sharding.replicated(sharding.make_mesh())
+  source = jax.device_put(jnp.arange(64.0), place)
+  copy = sharding.put_tree(source, place)
+  source.delete()
+  np.testing.assert_array_equal(copy, np.arange(64.0, dtype=np.float32))
+
+
+def test_put_batch_gives_every_device_its_own_rows():
+  mesh = sharding.make_mesh(fsdp=2)
+  batch = {"x": np.arange(32.0, dtype=np.float32).reshape(16, 2), "ids": np.arange(16)}
+  placed = sharding.put_batch(batch, mesh)
+  assert placed["x"].sharding == sharding.batch_sharding(mesh)
+  np.testing.assert_array_equal(placed["x"], batch["x"])
+  rows = {s.device: np.asarray(s.data).tolist() for s in placed["ids"].addressable_shards}
+  assert [rows[device] for device in mesh.devices.flat] == [[2 * i, 2 * i + 1] for i in range(8)]
+
+
+def test_abstract_tree_keeps_shape_dtype_and_place():
+  mesh = sharding.make_mesh(fsdp=2)
+  tree = {"kernel": np.zeros((2, 4), np.float16)}
+  places = sharding.fsdp_shardings(tree, mesh, min_size=1)
+  abstract = sharding.abstract_tree(tree, places)["kernel"]
+  assert (abstract.shape, abstract.dtype) == ((2, 4), np.float16)
+  assert abstract.sharding == places["kernel"]
+
+
+def test_jitted_step_keeps_the_placement_and_compiles_once():
+  mesh, optim = sharding.make_mesh(fsdp=2), chain()
+
+  def loss(params, frozen, batch):
+    return jnp.square(batch @ params["kernel"] + params["bias"][None]).mean(axis=1), {}
+
+  objective = train_step.Objective(lambda batch, key: batch, loss)
+  params = {"kernel": jnp.ones((6, 32)), "bias": jnp.zeros(32)}
+  state = train_step.init_state(params, optim)
+  places = sharding.fsdp_shardings(state, mesh, min_size=64)
+  step = jax.jit(
+    lambda state, batch, key: train_step.train_step(
+      state, None, batch, key, objective=objective, optimizer=optim
+    ),
+    in_shardings=(places, sharding.batch_sharding(mesh), None),
+    out_shardings=(places, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+  batch = np.random.default_rng(0).standard_normal((16, 6), np.float32)
+  first = sharding.put_tree(state, places)
+  second, _ = step(first, sharding.put_batch(batch, mesh), jax.random.key(0))
+  assert jax.tree.map(lambda x: x.sharding, second) == places
+  assert second.opt_state[1][0].mu["kernel"].addressable_shards[0].data.shape == (6, 16)
+  third, metrics = step(second, sharding.put_batch(batch, mesh), jax.random.key(0))
+  assert second.params["kernel"].is_deleted()  # the donation was taken
+  assert step._cache_size() == 1
+
+  alone = jax.jit(
+    lambda state: train_step.train_step(
+      state, None, batch, jax.random.key(0), objective=objective, optimizer=optim
+    )
+  )
+  one, expected = alone(alone(state)[0])
+  np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+  np.testing.assert_allclose(third.params["kernel"], one.params["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (16, 2), (64, 4)])
+def test_divisible_batches_pass(size, accumulation):
+  sharding.check_batch(size, accumulation, sharding.make_mesh(fsdp=2))
+
+
+@pytest.mark.parametrize(
+  ("size", "accumulation", "message"),
+  [
+    (30, 2, r"batch_size: 30 .* 8 device\(s\) x 2 accumulation .* multiple of 16: 16 or 32$"),
+    (4, 1, "multiple of 8: 8$"),
+    (0, 1, "multiple of 8: 8$"),
+    (-8, 1, "multiple of 8: 8$"),
+    (8, 0, "accumulation: 0; expected at least 1"),
+  ],
+)
+def test_other_batches_are_refused(size, accumulation, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.check_batch(size, accumulation, sharding.make_mesh(fsdp=2))
