@@ -1,0 +1,276 @@
+"""The command `dmpo`: demo, prepare, train, sample, evaluate, export, base.
+
+Every field of a configuration can be set on the command line: `--config.optim.learning_rate=1e-5`.
+"""
+
+import argparse
+import importlib.resources
+import importlib.util
+import os
+import pathlib
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+
+DEFAULT_CONFIG = "configs/emoji_dmpo.py"
+BASE_CONFIG = "configs/emoji_base.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit status: 0, 1 (training stopped) or 2 (bad input)."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  overrides = [each for each in argv if each.startswith("--config.")]
+  options = make_parser().parse_args([each for each in argv if each not in overrides])
+  _set_up()
+  from dmpo_jax import train  # heavy imports only after the arguments are known to be good
+
+  try:
+    options.run(options, overrides, "dmpo " + shlex.join(argv))
+  except ValueError as error:
+    print(f"dmpo {options.command}: error: {error}", file=sys.stderr)
+    return 2
+  except train.TrainingStopped as error:
+    print(f"dmpo {options.command}: training stopped: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The parser of all commands."""
+  parser = argparse.ArgumentParser(
+    prog="dmpo",
+    description="Align text-to-image diffusion models with human preferences, in JAX.",
+    epilog="Any field of the configuration: --config.FIELD=VALUE, e.g. --config.objective.beta=500",
+  )
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+  def add(name, run, help, config=DEFAULT_CONFIG):
+    command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    command.add_argument("--config", default=config, help=f"configuration file ({config})")
+    command.set_defaults(run=run)
+    return command
+
+  def folder(command, name, help, required=True):
+    command.add_argument(name, type=pathlib.Path, required=required, help=help)
+
+  demo = add("demo", run_demo, "prepare, train, evaluate, export and report, end to end")
+  folder(demo, "--out", "folder for everything; run again to go on")
+
+  prepare = add("prepare", run_prepare, "build the TFDS pairs and encode them to latents")
+  folder(prepare, "--data", "folder for the data sets")
+
+  train = add("train", run_train, "preference optimisation; run again to resume")
+  folder(train, "--data", "folder that `dmpo prepare` filled")
+  folder(train, "--out", "folder of the run")
+
+  sample = add("sample", run_sample, "images from a base folder, an export or a run")
+  sample.add_argument("--model", help="folder in diffusers' layout (default: the config's base)")
+  folder(sample, "--run", "folder of a training run, in place of --model", required=False)
+  sample.add_argument("--prompt", action="append", default=[], help="may be repeated")
+  folder(sample, "--prompts", "file with one prompt a line", required=False)
+  sample.add_argument("--negative-prompt", default="", help="for guidance (default: empty)")
+  sample.add_argument("--seed", type=int, default=0)
+  folder(sample, "--out", "folder for grid.png and the single images")
+
+  evaluate = add("evaluate", run_evaluate, "policy against reference on held-out prompts")
+  folder(evaluate, "--data", "folder that `dmpo prepare` filled")
+  folder(evaluate, "--run", "folder of the training run")
+  folder(evaluate, "--out", "folder for evaluation.json and the samples")
+  evaluate.add_argument("--split", choices=("validation", "test"), default="test")
+
+  export = add("export", run_export, "write a trained run as a diffusers folder")
+  folder(export, "--run", "folder of the training run")
+  folder(export, "--out", "the folder to write")
+  folder(export, "--evaluation", "evaluation.json, for the model card", required=False)
+  export.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+  export.add_argument("--replace", action="store_true", help="write an earlier export anew")
+
+  base = add("base", run_base, "train the shipped base from scratch (hours)", BASE_CONFIG)
+  folder(base, "--out", "folder for the recipe's runs and the base")
+  return parser
+
+
+def find_config(name: str) -> pathlib.Path:
+  """A configuration file: a path, or one of those that come with the package.
+
+  Raises:
+    ValueError: there is none.
+  """
+  package = pathlib.Path(str(importlib.resources.files("dmpo_jax")))
+  places = [
+    pathlib.Path(name),
+    package.parent / name,  # a checkout
+    package / "configs" / pathlib.Path(name).name,  # an installed wheel
+  ]
+  for place in places:
+    if place.is_file():
+      return place
+  raise ValueError(f"configuration {name!r}: no such file; expected for example {DEFAULT_CONFIG}")
+
+
+def read_config(name: str, overrides: Sequence[str]) -> dict:
+  """The ConfigDict of a file with `--config.x=y` applied, as nested dicts; y may be None.
+
+  Raises:
+    ValueError: no such file, unknown field, or a value of the wrong type.
+  """
+  path = find_config(name)
+  raw, last = _parse_config(path, []), {}
+  for each in overrides:
+    field, equals, value = each.removeprefix("--config.").partition("=")
+    if not equals:
+      raise ValueError(f"{each}: expected --config.FIELD=VALUE")
+    _find_group(raw, field)
+    last[field] = value
+  # Flags of numbers cannot be None, but a change of method must be able to clear a field.
+  cleared = {f"--config.{field}": field for field, value in last.items() if value == "None"}
+  raw = _parse_config(path, [each for each in overrides if each.partition("=")[0] not in cleared])
+  for field in cleared.values():
+    _find_group(raw, field)[field.split(".")[-1]] = None
+  return raw
+
+
+def _parse_config(path: pathlib.Path, overrides: Sequence[str]) -> dict:
+  from absl import flags
+  from ml_collections import config_flags
+
+  spec = importlib.util.spec_from_file_location("dmpo_jax_run_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  arguments, values = ["dmpo", *overrides], flags.FlagValues()
+  try:
+    # Fields become flags as they are found in sys_argv; by default that is this process's own.
+    config_flags.DEFINE_config_dict(
+      "config", module.get_config(), flag_values=values, sys_argv=arguments
+    )
+    values(arguments)
+  except (AttributeError, KeyError, TypeError, flags.Error) as error:
+    raise ValueError(f"configuration {path}: {error}") from error
+  return values["config"].value.to_dict()
+
+
+def _find_group(raw: dict, field: str) -> dict:
+  """The dict that holds a field, given by its path with dots."""
+  group, names = raw, field.split(".")
+  for i, name in enumerate(names):
+    if not isinstance(group, dict) or name not in group:
+      known = f"known: {', '.join(group)}" if isinstance(group, dict) else "it is not a group"
+      within = f" in {'.'.join(names[:i])}" if i else ""
+      raise ValueError(f"--config.{field}: unknown field {name!r}{within}; {known}")
+    parent, group = group, group[name]
+  return parent
+
+
+def _load(options, overrides):
+  from dmpo_jax import base as base_lib
+  from dmpo_jax import config as config_lib
+
+  config = config_lib.from_dict(read_config(options.config, overrides))
+  return config, base_lib.load_base(config.base, compute=config.precision.compute)
+
+
+def run_demo(options, overrides, command) -> None:
+  """`dmpo demo`."""
+  from dmpo_jax import config as config_lib
+  from dmpo_jax import report, stages
+
+  config = config_lib.from_dict(read_config(options.config, overrides))
+  summary = stages.demo(config, options.out, command)
+  print(f"\n{report.result_table(summary)}\nreport: {options.out / 'report.html'}")
+
+
+def run_prepare(options, overrides, command) -> None:
+  """`dmpo prepare`."""
+  del command
+  from dmpo_jax import stages
+
+  config, base = _load(options, overrides)
+  encoded = stages.prepare(config, base, options.data)
+  print(f"pairs: {encoded.metadata['counts']}, in {options.data}")
+
+
+def run_train(options, overrides, command) -> None:
+  """`dmpo train`."""
+  del command
+  from dmpo_jax import stages
+
+  config, base = _load(options, overrides)
+  stages.train_policy(config, base, stages.open_data(config, base, options.data), options.out)
+
+
+def run_sample(options, overrides, command) -> None:
+  """`dmpo sample`."""
+  del command
+  from dmpo_jax import stages
+
+  prompts = list(options.prompt)
+  if options.prompts is not None:
+    if not options.prompts.is_file():
+      raise ValueError(f"--prompts: {options.prompts} is not a file")
+    lines = options.prompts.read_text(encoding="utf-8").splitlines()
+    prompts += [line.strip() for line in lines if line.strip()]
+  if not prompts:
+    raise ValueError("no prompts; give --prompt TEXT or --prompts FILE")
+  raw = read_config(options.config, overrides)
+  path = stages.sample_images(
+    raw,
+    model=options.model,
+    run=options.run,
+    prompts=prompts,
+    negative_prompt=options.negative_prompt,
+    seed=options.seed,
+    out=options.out,
+  )
+  print(f"images: {path}")
+
+
+def run_evaluate(options, overrides, command) -> None:
+  """`dmpo evaluate`."""
+  del command
+  from dmpo_jax import stages
+
+  config, base = _load(options, overrides)
+  encoded = stages.open_data(config, base, options.data)
+  result = stages.evaluate_policy(
+    config, base, encoded, options.run, options.out, split=options.split
+  )
+  print(stages.show_evaluation(result))
+
+
+def run_export(options, overrides, command) -> None:
+  """`dmpo export`."""
+  del command
+  from dmpo_jax import stages
+
+  if overrides:
+    raise ValueError(f"export takes the configuration of --run; {overrides[0]} has no effect")
+  folder = stages.export_run(
+    options.run,
+    options.out,
+    evaluation=options.evaluation,
+    dtype=options.dtype,
+    replace=options.replace,
+  )
+  print(f"model: {folder}")
+
+
+def run_base(options, overrides, command) -> None:
+  """`dmpo base`."""
+  del command
+  from dmpo_jax import emoji_base
+
+  print(f"base: {emoji_base.make_base(read_config(options.config, overrides), options.out)}")
+
+
+def _set_up() -> None:
+  """Process-wide settings of the command, before jax is used."""
+  # Compiled programs are kept between runs, as long as the user has not chosen a place himself.
+  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "dmpo_jax" / "xla"))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+
+
+if __name__ == "__main__":
+  sys.exit(main())

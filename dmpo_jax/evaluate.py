@@ -1,0 +1,166 @@
+"""Paired comparison of a policy with its reference: same prompts, same seeds, same sampler."""
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from dmpo_jax import base as base_lib
+from dmpo_jax import config as config_lib
+from dmpo_jax import logs, sample, sharding, train_step
+from dmpo_jax.data import images as images_lib
+from dmpo_jax.data.emoji_choice import emoji as emoji_lib
+from dmpo_jax.data.emoji_choice import measure
+
+BATCH_PER_DEVICE = 64
+BOOTSTRAP_DRAWS = 2000
+
+
+class Interval(NamedTuple):
+  """A mean over prompts with its 95 % bootstrap interval."""
+
+  mean: float
+  low: float
+  high: float
+
+
+def bootstrap(
+  values: Float[np.ndarray, "p s"] | Bool[np.ndarray, "p s"], *, seed: int = 0
+) -> Interval:
+  """Percentile bootstrap (Efron 1979) of the mean, resampling prompts: rows, not images.
+
+  Images of one prompt are not independent, so the interval is that of new prompts.
+
+  >>> bootstrap(np.full((3, 2), 0.5))
+  Interval(mean=0.5, low=0.5, high=0.5)
+  """
+  rows = np.asarray(values, np.float64).mean(axis=1)
+  generator = np.random.default_rng(seed)
+  draws = rows[generator.integers(len(rows), size=(BOOTSTRAP_DRAWS, len(rows)))].mean(axis=1)
+  low, high = np.percentile(draws, [2.5, 97.5])
+  return Interval(float(rows.mean()), float(low), float(high))
+
+
+def initial_noise(
+  prompts: Sequence[str], images_per_prompt: int, shape: tuple[int, int, int], seed: int
+) -> Float[np.ndarray, "p s h w c"]:
+  """N(0, I) as a function of (seed, prompt, image number): the same whatever else is sampled."""
+
+  def draw(prompt, number):
+    generator = np.random.default_rng((seed, zlib.crc32(prompt.encode()), number))
+    return generator.standard_normal(shape, np.float32)
+
+  return np.stack([[draw(p, n) for n in range(images_per_prompt)] for p in prompts])
+
+
+def make_sampler(
+  base: base_lib.Base, config: config_lib.SamplingConfig, *, negative_prompt: str = ""
+) -> Callable[..., Float[np.ndarray, "n H W 3"]]:
+  """A function (unet_params, text_params, prompts [n], noise [n, h, w, c]) -> images in [-1, 1].
+
+  It works in batches of one size over all devices, so that it compiles once.
+  """
+  mesh = sharding.make_mesh()
+  size = BATCH_PER_DEVICE * mesh.size
+  steps = sample.ddim_steps(base.schedule, config.steps)
+  denoiser, vae_params = base.denoiser(), base.params["vae"]
+  negative_ids = base.tokenizer([negative_prompt])
+
+  rows = sharding.batch_sharding(mesh)
+
+  @functools.partial(jax.jit, in_shardings=(None, None, None, rows, rows), out_shardings=rows)
+  def generate(unet_params, text_params, vae_params, input_ids, noise):
+    embeds = denoiser.text_encoder(text_params, jnp.concatenate([input_ids, negative_ids]))
+    negative = jnp.broadcast_to(embeds[-1:], (len(input_ids), *embeds.shape[1:]))
+    latents = sample.ddim_sample(
+      denoiser,
+      unet_params,
+      noise,
+      embeds[:-1],
+      negative,
+      steps=steps,
+      guidance_scale=config.guidance_scale,
+    )
+    return base.decode(vae_params, latents)
+
+  def run(unet_params, text_params, prompts, noise, title="sampling"):
+    replicated = sharding.replicated(mesh)
+    params = [jax.device_put(p, replicated) for p in (unet_params, text_params, vae_params)]
+    input_ids = base.tokenizer(list(prompts))
+    images = []
+    with logs.progress(len(input_ids), 0, title) as bar:
+      for start in range(0, len(input_ids), size):
+        ids, x = input_ids[start : start + size], noise[start : start + size]
+        padding = [(0, size - len(ids))]
+        ids = np.pad(ids, padding + [(0, 0)], mode="edge")
+        x = np.pad(x, padding + [(0, 0)] * 3)
+        batch = sharding.put_batch((ids, x), mesh)
+        images.append(np.asarray(generate(*params, *batch))[: len(input_ids) - start])
+        bar.update(len(images[-1]))
+    return np.concatenate(images)
+
+  return run
+
+
+class Comparison(NamedTuple):
+  """Images [p, s, H, W, 3] in [-1, 1] and scores of both models on the same noise."""
+
+  prompts: tuple[str, ...]
+  reference_images: np.ndarray
+  policy_images: np.ndarray
+  reference: measure.Scores
+  policy: measure.Scores
+
+
+def real_images(emoji: Sequence[emoji_lib.Emoji], resolution: int) -> np.ndarray:
+  """The drawings [n, H, W, 3] in [-1, 1]."""
+  return np.stack([images_lib.to_array(emoji_lib.draw(each), resolution) for each in emoji])
+
+
+def sample_prompts(
+  sampler, base, unet_params, prompts, images_per_prompt: int, *, seed: int, title: str
+) -> Float[np.ndarray, "p s H W 3"]:
+  """`images_per_prompt` images of every prompt."""
+  noise = initial_noise(prompts, images_per_prompt, base.latent_shape, seed)
+  repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+  flat = sampler(
+    unet_params, base.params["text_encoder"], repeated, noise.reshape(-1, *base.latent_shape), title
+  )
+  return flat.reshape(len(prompts), images_per_prompt, *flat.shape[1:])
+
+
+def compare_emoji(
+  base: base_lib.Base,
+  policy_params: train_step.Params,
+  prompts: Sequence[str],
+  emoji: Sequence[emoji_lib.Emoji],
+  config: config_lib.SamplingConfig,
+  *,
+  seed: int,
+) -> Comparison:
+  """Samples reference and policy on the same prompts and noise, and scores both."""
+  sampler, real = make_sampler(base, config), real_images(emoji, base.resolution)
+
+  def both(params, title):
+    images = sample_prompts(
+      sampler, base, params, prompts, config.images_per_prompt, seed=seed, title=title
+    )
+    return images, measure.score(images, prompts, emoji, real)
+
+  reference_images, reference = both(base.params["unet"], "sampling the reference")
+  policy_images, policy = both(policy_params, "sampling the policy")
+  return Comparison(tuple(prompts), reference_images, policy_images, reference, policy)
+
+
+def summarise(scores: measure.Scores) -> dict[str, Interval]:
+  """Prompt match, RMSE and use rank with intervals over prompts."""
+  return {
+    "prompt_match": bootstrap(scores.match),
+    "rmse": bootstrap(scores.rmse),
+    "use_rank": bootstrap(scores.use_rank),
+  }

@@ -1,0 +1,478 @@
+"""The stages of `dmpo demo`, each also a command: prepare, train, evaluate, export, report.
+
+A stage writes files and returns what the next one needs. `dmpo demo` skips a stage whose inputs
+are those of the last time.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+import dmpo_jax
+from dmpo_jax import base as base_lib
+from dmpo_jax import checkpoint, evaluate, export, logs, report, tasks, train
+from dmpo_jax import config as config_lib
+from dmpo_jax.data import encode, images
+from dmpo_jax.data.emoji_choice import emoji as emoji_lib
+from dmpo_jax.data.emoji_choice import emoji_choice_dataset_builder as emoji_choice
+from dmpo_jax.data.emoji_choice import measure
+
+ENCODE_BATCH = 64
+TRAIN_PROMPTS = 40  # of the train split, sampled beside all held-out prompts
+REPORT_PROMPTS = 8  # shown in the report's grids
+EVALUATION_SEED = 1  # of the sampling noise; not the seed of the base's own measurement
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
+DATA_CARD = (
+  "`{dataset}`: pairs of Twemoji drawings for one keyword, the more used one preferred. The "
+  "preference is revealed choice, how often people sent a symbol in tweets (Emoji Sentiment "
+  "Ranking 1.0), not a rating of a drawing. {train} pairs for training; prompts and couples of "
+  "the validation and test splits occur in no training pair."
+)
+ATTRIBUTION = (
+  "Drawings: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0 "
+  "(https://creativecommons.org/licenses/by/4.0/). Keywords: emojilib, MIT. Choices: Emoji "
+  "Sentiment Ranking 1.0 (Kralj Novak, Smailovic, Sluban, Mozetic, PLoS ONE 2015), CC BY-SA 4.0."
+)
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python and of the packages that numbers may depend on."""
+  found = {"python": platform.python_version(), "dmpo_jax": dmpo_jax.__version__}
+  return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def prepare(
+  config: config_lib.Config, base: base_lib.Base, data_dir: pathlib.Path
+) -> encode.Encoded:
+  """Builds the TFDS data set and encodes it with the base's VAE and tokenizer, or reuses both.
+
+  Raises:
+    ValueError: an unknown data set, or `data_dir` holds latents of another base.
+  """
+  builder = make_builder(config.data.dataset, data_dir / "tfds")
+  builder.download_and_prepare()
+  encode_fn = jax.jit(functools.partial(base.encode, base.params["vae"]))
+  total = sum(info.num_examples for info in builder.info.splits.values())
+  with logs.progress(total, 0, "encoding pairs") as bar:
+    return encode.encode_pairs(
+      builder,
+      latents_folder(config, data_dir),
+      encode_images=lambda batch: np.asarray(encode_fn(batch)),
+      tokenize=base.tokenizer,
+      resolution=base.resolution,
+      fingerprint=base.data_fingerprint(),
+      batch_size=ENCODE_BATCH,
+      progress=lambda done, _: bar.update(done - bar.n),
+    )
+
+
+def make_builder(dataset: str, folder: pathlib.Path) -> emoji_choice.Builder:
+  """The TFDS builder of `name/config`.
+
+  Raises:
+    ValueError: there is none of this name.
+  """
+  known = [f"emoji_choice/{each.name}" for each in emoji_choice.Builder.BUILDER_CONFIGS]
+  if dataset not in known:
+    raise ValueError(f"data.dataset: expected one of {', '.join(known)}, got {dataset!r}")
+  return emoji_choice.Builder(data_dir=folder, config=dataset.split("/")[1])
+
+
+def latents_folder(config: config_lib.Config, data_dir: pathlib.Path) -> pathlib.Path:
+  return data_dir / "latents" / config.data.dataset.replace("/", "-")
+
+
+def open_data(
+  config: config_lib.Config, base: base_lib.Base, data_dir: pathlib.Path
+) -> encode.Encoded:
+  """The encoded pairs that `prepare` left in `data_dir`."""
+  return encode.open_encoded(latents_folder(config, data_dir), fingerprint=base.data_fingerprint())
+
+
+def train_policy(
+  config: config_lib.Config, base: base_lib.Base, encoded: encode.Encoded, out: pathlib.Path
+) -> None:
+  """Preference optimisation in the run folder `out`; goes on where an earlier call ended."""
+  train.train(config, tasks.preference_task(config, base, encoded), out)
+
+
+def prompts_of(encoded: encode.Encoded, split: str) -> list[str]:
+  """The distinct captions of a split, sorted."""
+  source = encoded.splits[split]
+  return sorted({source[i]["caption"] for i in range(len(source))})
+
+
+def evaluate_policy(
+  config: config_lib.Config,
+  base: base_lib.Base,
+  encoded: encode.Encoded,
+  run: pathlib.Path,
+  out: pathlib.Path,
+  *,
+  split: str,
+) -> dict[str, Any]:
+  """Compares the trained policy with its reference; writes `evaluation.json` and the images.
+
+  Args:
+    split: of the held-out prompts: test, or validation while settings are chosen.
+
+  Returns:
+    What was written: intervals for both models, on held-out and on some train prompts.
+  """
+  policy = train.load_trained(run, base.params["unet"])
+  emoji = emoji_of(config)
+  held_out = prompts_of(encoded, split)
+  seen = prompts_of(encoded, "train")
+  seen = seen[:: max(1, len(seen) // TRAIN_PROMPTS)][:TRAIN_PROMPTS]
+  comparison = evaluate.compare_emoji(
+    base, policy, held_out + seen, emoji, config.sampling, seed=EVALUATION_SEED
+  )
+  wins = measure.compare(comparison.policy, comparison.reference)
+  cut = len(held_out)
+  result = {
+    "split": split,
+    "heldout_win_rate": evaluate.bootstrap(wins[:cut])._asdict(),
+    "train_win_rate": evaluate.bootstrap(wins[cut:])._asdict(),
+    "reference": _summarise(comparison.reference, cut),
+    "policy": _summarise(comparison.policy, cut),
+    "samples": int(wins.size),
+    "prompts": {"heldout": cut, "train": len(seen)},
+  }
+  out.mkdir(parents=True, exist_ok=True)
+  np.savez_compressed(
+    out / "samples.npz",
+    prompts=np.array(comparison.prompts),
+    heldout=np.arange(len(wins)) < cut,
+    reference=images.to_uint8(comparison.reference_images),
+    policy=images.to_uint8(comparison.policy_images),
+    reference_nearest=comparison.reference.nearest,
+    policy_nearest=comparison.policy.nearest,
+    wins=wins,
+  )
+  write_json(out / "evaluation.json", result)
+  return result
+
+
+def emoji_of(config: config_lib.Config) -> tuple[emoji_lib.Emoji, ...]:
+  """The emoji that take part in the configuration's data set."""
+  name = config.data.dataset.split("/")[1]
+  counts = {each.name: each.count for each in emoji_choice.Builder.BUILDER_CONFIGS}
+  return emoji_lib.load_emoji(counts[name])
+
+
+def _summarise(scores: measure.Scores, cut: int) -> dict[str, Any]:
+  parts = {}
+  for suffix, rows in (("", slice(None, cut)), ("_train", slice(cut, None))):
+    part = evaluate.summarise(measure.Scores(*(field[rows] for field in scores)))
+    parts |= {f"{name}{suffix}": interval._asdict() for name, interval in part.items()}
+  parts["use_rank_heldout"] = parts.pop("use_rank")
+  return parts
+
+
+def export_policy(
+  base: base_lib.Base,
+  run: pathlib.Path,
+  folder: pathlib.Path,
+  *,
+  metrics: Mapping[str, Any],
+  data: str,
+  dtype: str,
+  replace: bool,
+) -> pathlib.Path:
+  """Writes the policy as a folder in diffusers' layout, with a model card."""
+  config = train.read_run(run)
+  card = export.model_card(
+    base=config.base,
+    config=dataclasses.asdict(config),
+    data=data,
+    metrics=metrics,
+    versions=versions(),
+    licence="cc-by-4.0",
+    attribution=ATTRIBUTION,
+  )
+  trained = {"unet": train.load_trained(run, base.params["unet"])}
+  return export.export_folder(
+    base, folder, trained=trained, dtype=dtype, card=card, replace=replace
+  )
+
+
+def export_run(
+  run: pathlib.Path,
+  folder: pathlib.Path,
+  *,
+  evaluation: pathlib.Path | None,
+  dtype: str,
+  replace: bool,
+) -> pathlib.Path:
+  """`dmpo export`: a run folder alone says all that is needed; an evaluation fills the card.
+
+  Raises:
+    ValueError: no run, no checkpoint, or `folder` exists.
+  """
+  config = train.read_run(run)
+  metrics = card_metrics(base_lib.read_json(evaluation)) if evaluation else {}
+  metrics["steps"] = checkpoint.read_metadata(run / train.CHECKPOINTS)["step"]
+  return export_policy(
+    base_lib.load_base(config.base),
+    run,
+    folder,
+    metrics=metrics,
+    data=f"`{config.data.dataset}`",
+    dtype=dtype,
+    replace=replace,
+  )
+
+
+def sample_images(
+  raw: Mapping[str, Any],
+  *,
+  model: str | None,
+  run: pathlib.Path | None,
+  prompts: Sequence[str],
+  negative_prompt: str,
+  seed: int,
+  out: pathlib.Path,
+) -> pathlib.Path:
+  """`dmpo sample`: grid.png, a row per prompt, and the single images, named by prompt and number.
+
+  Raises:
+    ValueError: both `model` and `run` are given, or `out` holds images already.
+  """
+  if model is not None and run is not None:
+    raise ValueError("--model and --run: give one of them")
+  if (out / "grid.png").exists():
+    raise ValueError(f"{out} already holds images; give another --out")
+  config = train.read_run(run) if run is not None else config_lib.from_dict(raw)
+  sampling = config_lib.from_dict(raw).sampling
+  base = base_lib.load_base(model or config.base, compute=config.precision.compute)
+  unet_params = base.params["unet"] if run is None else train.load_trained(run, base.params["unet"])
+  pictures = images.to_uint8(
+    evaluate.sample_prompts(
+      evaluate.make_sampler(base, sampling, negative_prompt=negative_prompt),
+      base,
+      unet_params,
+      list(prompts),
+      sampling.images_per_prompt,
+      seed=seed,
+      title="sampling",
+    )
+  )
+  out.mkdir(parents=True, exist_ok=True)
+  for i, row in enumerate(pictures):
+    for j, picture in enumerate(row):
+      Image.fromarray(picture).save(out / f"{i:04d}_{j:02d}.png")
+  (out / "prompts.txt").write_text("".join(f"{i:04d} {p}\n" for i, p in enumerate(prompts)))
+  Image.fromarray(images.tile(pictures)).save(out / "grid.png")
+  return out / "grid.png"
+
+
+def show_evaluation(result: Mapping[str, Any]) -> str:
+  """The lines that `dmpo evaluate` prints."""
+  rows = [f"split {result['split']}, {result['samples']} images per model"]
+  for name in ("heldout_win_rate", "train_win_rate"):
+    rows.append(f"{name:24s} {_plain(result[name])}")
+  for name, policy in result["policy"].items():
+    rows.append(f"{name:24s} {_plain(result['reference'][name])} -> {_plain(policy)}")
+  return "\n".join(rows)
+
+
+def _plain(interval: Mapping[str, float]) -> str:
+  return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
+
+
+def card_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
+  """The rows of a model card from an evaluation."""
+  rows = {"win rate over the reference, held-out prompts": result["heldout_win_rate"]}
+  for model in ("policy", "reference"):
+    for name in ("prompt_match", "rmse", "use_rank_heldout"):
+      rows[f"{name.replace('_', ' ')}, {model}"] = result[model][name]
+  return rows
+
+
+def write_report(
+  config: config_lib.Config,
+  run: pathlib.Path,
+  evaluation: pathlib.Path,
+  out: pathlib.Path,
+  *,
+  summary: Mapping[str, Any],
+  command: str,
+) -> pathlib.Path:
+  """The HTML report of a run from its metrics and the samples of its evaluation."""
+  samples = np.load(evaluation / "samples.npz", allow_pickle=False)
+  emoji = emoji_of(config)
+  prompts, wins = samples["prompts"], samples["wins"]
+  # The prompts on which most changed, the test split's first; ties by name.
+  change = np.abs(wins - 0.5).sum(axis=1) + 1000.0 * samples["heldout"]
+  order = sorted(range(len(prompts)), key=lambda i: (-change[i], prompts[i]))[:REPORT_PROMPTS]
+  grids = [
+    report.Grid(
+      str(prompts[i]),
+      "held-out" if samples["heldout"][i] else "train",
+      samples["reference"][i],
+      samples["policy"][i],
+      [int(each) for each in np.sign(wins[i] - 0.5)],
+    )
+    for i in order
+  ]
+  shifts = [_shift(samples, i, emoji, config) for i in order]
+  return report.write_report(
+    out,
+    summary=dict(summary),
+    metrics=logs.read(run),
+    grids=grids,
+    shifts=shifts,
+    config=dataclasses.asdict(config),
+    command=command,
+  )
+
+
+def _shift(samples, i: int, emoji: Sequence[emoji_lib.Emoji], config) -> report.PromptShift:
+  prompt = str(samples["prompts"][i])
+  positions = np.array(emoji_lib.shared_keywords(tuple(emoji))[prompt])
+  shares = {
+    model: (samples[f"{model}_nearest"][i][None, :] == positions[:, None]).mean(axis=1)
+    for model in ("reference", "policy")
+  }
+  drawings = [np.asarray(emoji_lib.draw(emoji[position])) for position in positions]
+  return report.PromptShift(
+    prompt,
+    "held-out" if samples["heldout"][i] else "train",
+    [emoji[position].name for position in positions],
+    np.stack(drawings),
+    [emoji[position].uses for position in positions],
+    shares["reference"].tolist(),
+    shares["policy"].tolist(),
+  )
+
+
+def summarise_run(
+  config: config_lib.Config,
+  encoded: encode.Encoded,
+  run: pathlib.Path,
+  result: Mapping[str, Any],
+  seconds: Mapping[str, float],
+) -> dict[str, Any]:
+  """The content of summary.json."""
+  first = logs.read(run)[0]
+  counts = encoded.metadata["counts"]
+  device = jax.devices()[0]
+  return {
+    "method": config.objective.method,
+    "step0_margin_max": first["validation/margin_abs_max"],
+    **{name: value for name, value in result.items() if name != "prompts"},
+    "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    "device": f"{jax.device_count()} x {device.device_kind}",
+    "versions": versions(),
+    "steps": config.steps,
+    "beta": config.objective.beta,
+    "alpha": config.objective.alpha,
+    "learning_rate": config.optim.learning_rate,
+    "pairs": dict(counts),
+    "prompts": {split: len(prompts_of(encoded, split)) for split in counts},
+    "evaluated_prompts": dict(result["prompts"]),
+  }
+
+
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+  """Writes a JSON file in one go: the old one or the new one, never half of it."""
+  temporary = path.with_suffix(path.suffix + ".tmp")
+  temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+  temporary.replace(path)
+
+
+class Ledger:
+  """Which stages of a demo are done, with which inputs, in how many seconds: `stages.json`."""
+
+  def __init__(self, out: pathlib.Path):
+    self._path = out / "stages.json"
+    self._done = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+  @property
+  def seconds(self) -> dict[str, float]:
+    return {name: record["seconds"] for name, record in self._done.items()}
+
+  def is_done(self, name: str, inputs: str, output: pathlib.Path) -> bool:
+    """Whether the stage ran with these inputs and its output is still there."""
+    return self._done.get(name, {}).get("inputs") == inputs and output.exists()
+
+  def run(self, name: str, inputs: str, action: Callable[[], Any]) -> Any:
+    """Runs a stage and records it. Seconds of interrupted calls of the same inputs add up."""
+    started = time.monotonic()
+    before = self._done.get(name, {})
+    earlier = before.get("seconds", 0.0) if before.get("inputs") == inputs else 0.0
+    result = action()
+    self._done[name] = {"inputs": inputs, "seconds": earlier + time.monotonic() - started}
+    write_json(self._path, self._done)
+    return result
+
+
+def digest(*parts: Any) -> str:
+  """A short hash of JSON values."""
+  text = json.dumps(parts, sort_keys=True, default=str)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def demo(config: config_lib.Config, out: pathlib.Path, command: str) -> dict[str, Any]:
+  """prepare -> train -> evaluate -> export -> report in the folder `out`.
+
+  Returns:
+    The summary, also written to summary.json.
+
+  Raises:
+    ValueError: `out` holds another run, or any stage refuses its input.
+  """
+  run, evaluation, model = out / "train", out / "evaluation", out / "model"
+  train.claim_folder(run, config)
+  ledger = Ledger(out)
+  base = base_lib.load_base(config.base, compute=config.precision.compute)
+  inputs = digest(
+    dataclasses.asdict(config), dmpo_jax.__version__, checkpoint.fingerprint(base.params)
+  )
+
+  def stage(number: int, name: str, output: pathlib.Path, action: Callable[[], Any]) -> None:
+    skip = ledger.is_done(name, inputs, output)
+    print(f"[{number}/5] {name}" + (": done before" if skip else ""), flush=True)
+    if not skip:
+      ledger.run(name, inputs, action)
+
+  stage(
+    1, "prepare", latents_folder(config, out / "data"), lambda: prepare(config, base, out / "data")
+  )
+  encoded = open_data(config, base, out / "data")
+  stage(2, "train", run / train.CHECKPOINTS, lambda: train_policy(config, base, encoded, run))
+  stage(
+    3,
+    "evaluate",
+    evaluation / "evaluation.json",
+    lambda: evaluate_policy(config, base, encoded, run, evaluation, split="test"),
+  )
+  result = base_lib.read_json(evaluation / "evaluation.json")
+  data = DATA_CARD.format(dataset=config.data.dataset, **encoded.metadata["counts"])
+  stage(
+    4,
+    "export",
+    model / "model_index.json",
+    lambda: export_policy(
+      base, run, model, metrics=card_metrics(result), data=data, dtype="float32", replace=True
+    ),
+  )
+
+  def write():
+    summary = summarise_run(config, encoded, run, result, ledger.seconds)
+    write_report(config, run, evaluation, out, summary=summary, command=command)
+    write_json(out / "summary.json", summary)
+
+  stage(5, "report", out / "report.html", write)
+  return base_lib.read_json(out / "summary.json")
