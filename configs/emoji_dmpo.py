@@ -15,7 +15,7 @@ def get_config():
   config.base = "emoji"  # the shipped base, or a folder in diffusers' layout
   config.seed = 0
   config.steps = 300
-  config.batch_size = 64  # pairs per update, over all devices
+  config.batch_size = 32  # pairs per update, over all devices
   config.accumulation = 1
   config.fsdp = 1  # devices that share one copy of the parameters
   config.log_every = 10
@@ -34,6 +34,7 @@ def get_config():
 
   config.data = ml_collections.ConfigDict()
   config.data.dataset = "emoji_choice/top160"
+  config.data.timestep_power = 1.0  # 1: timesteps are uniform, as in the paper
   config.data.caption_dropout = 0.1  # trains the unconditional half of guidance too
 
   config.optim = ml_collections.ConfigDict()
@@ -54,6 +55,6 @@ def get_config():
 
   config.sampling = ml_collections.ConfigDict()
   config.sampling.steps = 25  # DDIM
-  config.sampling.guidance_scale = 2.0
+  config.sampling.guidance_scale = 7.5  # Stable Diffusion 1.5's default
   config.sampling.images_per_prompt = 8
   return config

@@ -53,7 +53,7 @@ class Base:
     return objectives.Denoiser(
       apply_unet,
       apply_text,
-      diffusion.alphas_cumprod(self.schedule),
+      jnp.asarray(diffusion.alphas_cumprod(self.schedule)),
       self.schedule.prediction_type,
       self.vae.config.scaling_factor,
       self.unet.dtype,

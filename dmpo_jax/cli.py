@@ -124,9 +124,9 @@ def read_config(name: str, overrides: Sequence[str]) -> dict:
     _find_group(raw, field)
     last[field] = value
   # Flags of numbers cannot be None, but a change of method must be able to clear a field.
-  cleared = {f"--config.{field}": field for field, value in last.items() if value == "None"}
-  raw = _parse_config(path, [each for each in overrides if each.partition("=")[0] not in cleared])
-  for field in cleared.values():
+  cleared = [field for field, value in last.items() if value == "None"]
+  raw = _parse_config(path, [f"--config.{f}={v}" for f, v in last.items() if f not in cleared])
+  for field in cleared:
     _find_group(raw, field)[field.split(".")[-1]] = None
   return raw
 

@@ -66,14 +66,17 @@ class DataConfig:
   """Attributes:
   dataset: name of the TFDS builder and its config, `emoji_choice/top160`.
   caption_dropout: probability in [0, 1) that a pair is trained on with the empty caption.
+  timestep_power: density of the training timesteps is proportional to t^(power - 1); 1: uniform.
   """
 
   dataset: str
   caption_dropout: float
+  timestep_power: float
 
   def __post_init__(self):
     if not 0 <= self.caption_dropout < 1:
       raise ValueError(f"data.caption_dropout: expected [0, 1), got {self.caption_dropout}")
+    _check_positive("data.timestep_power", self.timestep_power)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +239,6 @@ def _check_choice(name: str, value: str, choices) -> None:
     raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_positive(name: str, value: float) -> None:
+def _check_positive(name: str, value: float | int) -> None:
   if not (value > 0 and math.isfinite(value)):
     raise ValueError(f"{name}: expected > 0 and finite, got {value}")

@@ -45,14 +45,12 @@ class ScheduleConfig:
         )
     for name, lowest in (("num_train_timesteps", 1), ("steps_offset", 0)):
       value = getattr(self, name)
-      if type(value) is not int or value < lowest:
-        raise ValueError(
-          f"scheduler_config.json: {name} is {value!r}; expected an integer >= {lowest}"
-        )
+      if value < lowest:
+        raise ValueError(f"scheduler_config.json: {name} is {value!r}; expected >= {lowest}")
     for name in ("beta_start", "beta_end"):
       value = getattr(self, name)
-      if not isinstance(value, float) or not 0 < value < 1:
-        raise ValueError(f"scheduler_config.json: {name} is {value!r}; expected a number in (0, 1)")
+      if not 0 < value < 1:
+        raise ValueError(f"scheduler_config.json: {name} is {value!r}; expected within (0, 1)")
 
 
 # Fields that change sampling in a way we do not implement, at the values that switch them off.
@@ -68,7 +66,7 @@ def read_config(raw: Mapping[str, Any]) -> ScheduleConfig:
   """Reads scheduler_config.json of any diffusers scheduler; absent fields take its defaults.
 
   Raises:
-    ValueError: a value that is not implemented, named.
+    ValueError: a value of the wrong type, out of range or not implemented, named.
   """
   for name, allowed in NEUTRAL.items():
     if name in raw and raw[name] not in allowed:
@@ -81,8 +79,14 @@ def read_config(raw: Mapping[str, Any]) -> ScheduleConfig:
       f"scheduler_config.json: clip_sample is absent, which {raw['_class_name']} takes as True, "
       "not implemented; expected false"
     )
-  names = {field.name for field in dataclasses.fields(ScheduleConfig)}
-  return ScheduleConfig(**{name: value for name, value in raw.items() if name in names})
+  types = {field.name: field.type for field in dataclasses.fields(ScheduleConfig)}
+  known = {name: value for name, value in raw.items() if name in types}
+  for name, value in known.items():
+    if type(value) is not types[name]:
+      raise ValueError(
+        f"scheduler_config.json: {name} is {value!r}; expected {types[name].__name__}"
+      )
+  return ScheduleConfig(**known)
 
 
 def alphas_cumprod(config: ScheduleConfig) -> Float[np.ndarray, " T"]:
@@ -111,11 +115,21 @@ class Noising(NamedTuple):
 
 
 def sample_noising(
-  key: Key[Array, ""], shape: tuple[int, ...], num_train_timesteps: int
+  key: Key[Array, ""], shape: tuple[int, ...], num_train_timesteps: int, power: float = 1.0
 ) -> Noising:
-  """Draws timesteps ~ U{0..T-1} and noise ~ N(0, I), float32, for a batch of latents `shape`."""
+  """Draws timesteps and noise ~ N(0, I), float32, for a batch of latents of `shape`.
+
+  Args:
+    power: the density of t is proportional to t^(power - 1): 1 is U{0..T-1}, as every paper here
+      has it; more than 1 prefers noisy levels, where alone the caption decides what is drawn.
+  """
   key_t, key_noise = jax.random.split(key)
-  timesteps = jax.random.randint(key_t, shape[:1], 0, num_train_timesteps)
+  if power == 1.0:
+    timesteps = jax.random.randint(key_t, shape[:1], 0, num_train_timesteps)
+  else:
+    levels = jax.random.uniform(key_t, shape[:1]) ** (1.0 / power)
+    timesteps = jnp.minimum(levels * num_train_timesteps, num_train_timesteps - 1)
+    timesteps = timesteps.astype(jnp.int32)
   return Noising(timesteps, jax.random.normal(key_noise, shape, jnp.float32))
 
 

@@ -34,6 +34,7 @@ MODEL_INDEX = {
   "unet": ["diffusers", "UNet2DConditionModel"],
   "vae": ["diffusers", "AutoencoderKL"],
 }
+DENOISING = ("denoise", "condition")  # trainings of UNet and text encoder, in this order
 ATTRIBUTION = (
   "Trained on Twemoji artwork, copyright Twitter, Inc. and other contributors, CC-BY 4.0 "
   "(https://creativecommons.org/licenses/by/4.0/), with keywords of emojilib (MIT)."
@@ -44,7 +45,7 @@ def make_base(raw: Mapping[str, Any], out: pathlib.Path) -> pathlib.Path:
   """Runs the recipe of `configs/emoji_base.py` in the folder `out`; returns the base's folder."""
   runs = {
     name: config_lib.from_dict({**raw[name], "base": str(out / "design")})
-    for name in ("autoencoder", "denoise")
+    for name in ("autoencoder", *DENOISING)
   }
   emoji = emoji_lib.load_emoji(raw["emoji"])
   design = out / "design"
@@ -65,14 +66,13 @@ def make_base(raw: Mapping[str, Any], out: pathlib.Path) -> pathlib.Path:
   base = with_scaling(base, design, vae_params, moments)
 
   source = captions.CaptionedEmoji(emoji, moments, base.tokenizer)
-  trained = train.train(
-    runs["denoise"], tasks.denoising_task(runs["denoise"], base, source), out / "denoise"
-  )
-  trained = jax.tree.map(round_to_half, trained)
-  base = dataclasses.replace(base, params={**trained, "vae": vae_params})
+  for name in DENOISING:
+    trained = train.train(runs[name], tasks.denoising_task(runs[name], base, source), out / name)
+    trained = jax.tree.map(round_to_half, trained)
+    base = dataclasses.replace(base, params={**trained, "vae": vae_params})
   seconds = time.monotonic() - started
 
-  quality = measure_base(base, emoji, runs["denoise"])
+  quality = measure_base(base, emoji, runs["condition"])
   card = base_card(raw, quality, seconds)
   return export.export_folder(
     base, out / "base", trained=base.params, dtype="float16", card=card, replace=True
@@ -162,7 +162,7 @@ def reconstruct(base: base_lib.Base, images):
 
 def base_card(raw: Mapping[str, Any], quality: Mapping[str, Any], seconds: float) -> str:
   """README.md of the base: what it is, how it was made, how good it is."""
-  sampling = raw["denoise"]["sampling"]
+  sampling = raw["condition"]["sampling"]
   return f"""---
 license: cc-by-4.0
 library_name: diffusers
@@ -177,7 +177,7 @@ Stable Diffusion at a hundredth of its width, trained from scratch by dmpo_jax o
 
 Recipe: `dmpo base --config configs/emoji_base.py`, seed {raw["seed"]},
 {raw["autoencoder"]["steps"]} steps for the autoencoder, {raw["denoise"]["steps"]} for UNet and
-text encoder.
+text encoder, {raw["condition"]["steps"]} more for both at noisy timesteps.
 
 Measured over {quality["samples"]} samples ({quality["prompts"]} prompts, every keyword that 2 to 24
 of the emoji share; DDIM, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}),

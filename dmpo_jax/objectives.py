@@ -85,7 +85,11 @@ class PairExamples(NamedTuple):
 
 
 def preference_objective(
-  denoiser: Denoiser, loss_fn: PreferenceLoss, *, peak_weight: float
+  denoiser: Denoiser,
+  loss_fn: PreferenceLoss,
+  *,
+  peak_weight: float,
+  timestep_power: float = 1.0,
 ) -> train_step.Objective:
   """A loss on pairs against a frozen reference: policy parameters are trained, nothing else.
 
@@ -95,6 +99,7 @@ def preference_objective(
   Args:
     loss_fn: (err_w, err_l, ref_err_w, ref_err_l) -> (loss [B], parts), from `losses`.
     peak_weight: the largest |dL/du| of `loss_fn`, for the dead-zone share.
+    timestep_power: see `diffusion.sample_noising`.
   """
 
   def draw(batch: types.PreferenceBatch, key) -> PairExamples:
@@ -103,7 +108,8 @@ def preference_objective(
     moments = jnp.stack([batch.moments_w, batch.moments_l], axis=1)
     latents = vae.sample_latents(key_latents, moments, denoiser.scaling_factor)
     steps = len(denoiser.alphas_cumprod)
-    noising = diffusion.sample_noising(key_noising, latents[:, 0].shape, steps)
+    shape = latents[:, 0].shape
+    noising = diffusion.sample_noising(key_noising, shape, steps, timestep_power)
     return PairExamples(latents, noising, batch.input_ids)
 
   def loss(params, frozen: Frozen, examples: PairExamples):
@@ -136,14 +142,14 @@ class CaptionedExamples(NamedTuple):
   input_ids: Int[Array, "B L"]
 
 
-def denoising_objective(denoiser: Denoiser) -> train_step.Objective:
+def denoising_objective(denoiser: Denoiser, *, timestep_power: float = 1.0) -> train_step.Objective:
   """Plain denoising of captioned images (Ho et al., eq. 14): trains UNet and text encoder."""
 
   def draw(batch: types.CaptionedBatch, key) -> CaptionedExamples:
     key_noising, key_latents = jax.random.split(key)
     latents = vae.sample_latents(key_latents, batch.moments, denoiser.scaling_factor)
     steps = len(denoiser.alphas_cumprod)
-    noising = diffusion.sample_noising(key_noising, latents.shape, steps)
+    noising = diffusion.sample_noising(key_noising, latents.shape, steps, timestep_power)
     return CaptionedExamples(latents, noising, batch.input_ids)
 
   def loss(params, frozen, examples: CaptionedExamples):

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
 
 import dmpo_jax
@@ -60,6 +61,7 @@ def prepare(
   Raises:
     ValueError: an unknown data set, or `data_dir` holds latents of another base.
   """
+  tfds.disable_progress_bar()
   builder = make_builder(config.data.dataset, data_dir / "tfds")
   builder.download_and_prepare()
   encode_fn = jax.jit(functools.partial(base.encode, base.params["vae"]))

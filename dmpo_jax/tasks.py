@@ -82,7 +82,10 @@ def preference_task(
   """Preference optimisation of the base's UNet on encoded pairs."""
   loss_fn = bind_loss(config.objective)
   objective = objectives.preference_objective(
-    base.denoiser(), loss_fn, peak_weight=losses.peak_gradient_weight(loss_fn)
+    base.denoiser(),
+    loss_fn,
+    peak_weight=losses.peak_gradient_weight(loss_fn),
+    timestep_power=config.data.timestep_power,
   )
   source, seed = encoded.splits["train"], config.seed
   if len(source) < config.batch_size:
@@ -135,7 +138,9 @@ def denoising_task(
   return Task(
     params={"unet": base.params["unet"], "text_encoder": base.params["text_encoder"]},
     frozen=objectives.Frozen(None, None),
-    objective=objectives.denoising_objective(base.denoiser()),
+    objective=objectives.denoising_objective(
+      base.denoiser(), timestep_power=config.data.timestep_power
+    ),
     batches=batches,
     describe=lambda step: [f"batch {step} of {len(source)} captions, seed {config.seed}"],
     validation=None,

@@ -13,7 +13,7 @@ import os
 import pathlib
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,8 +35,16 @@ class TrainingStopped(RuntimeError):
   """The loss or the gradient is not finite; the last good checkpoint stays."""
 
 
-def train(config: config_lib.Config, task: tasks.Task, out: pathlib.Path) -> train_step.Params:
+def train(
+  config: config_lib.Config,
+  task: tasks.Task,
+  out: pathlib.Path,
+  devices: Sequence[jax.Device] | None = None,
+) -> train_step.Params:
   """Trains up to `config.steps`, resuming what `out` holds.
+
+  Args:
+    devices: all of them if None.
 
   Returns:
     The trained parameters (their average if `optim.ema_decay` > 0), on the mesh.
@@ -45,7 +53,7 @@ def train(config: config_lib.Config, task: tasks.Task, out: pathlib.Path) -> tra
     ValueError: the batch does not fit the devices, or `out` holds another run.
     TrainingStopped: a loss or gradient norm is not finite.
   """
-  mesh = sharding.make_mesh(fsdp=config.fsdp)
+  mesh = sharding.make_mesh(fsdp=config.fsdp, devices=devices)
   sharding.check_batch(config.batch_size, config.accumulation, mesh)
   claim_folder(out, config)
   chain = optimizer.make_optimizer(config.optim, config.steps)
@@ -94,6 +102,7 @@ def train(config: config_lib.Config, task: tasks.Task, out: pathlib.Path) -> tra
         validation = validate(state.params, frozen)
         log.write(0, validation)
       clock, clock_step = time.monotonic(), start
+      bar.set_postfix_str("compiling the step")
       for step, batch in zip(range(start, config.steps), task.batches(start), strict=False):
         state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh), root_key)
         done = step + 1

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-Params = PyTree[Float[Array, "..."]]
+Params = PyTree  # nested dicts of float32 arrays, numpy or jax
 
 
 class TrainState(NamedTuple):
@@ -90,10 +90,13 @@ def train_step(
       return jax.tree.map(jnp.add, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    total, metrics = jax.lax.scan(accumulate, zeros, split_batch(examples, accumulation))
+    # On CPU a convolution's weight gradient is 50 times slower inside a loop than outside of one.
+    unroll = accumulation if jax.default_backend() == "cpu" else 1
+    parts = split_batch(examples, accumulation)
+    total, metrics = jax.lax.scan(accumulate, zeros, parts, unroll=unroll)
     grads = jax.tree.map(lambda g: g / accumulation, total)
   summary = {name: jnp.mean(values) for name, values in metrics.items()}
-  summary["grad_norm"] = optax.global_norm(grads)
+  summary["grad_norm"] = optax.tree.norm(grads)
   if "margin" in metrics:
     summary["margin_abs_max"] = jnp.max(jnp.abs(metrics["margin"]))
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -1,6 +1,7 @@
 """Guards for every test: 8 CPU devices, no silent broadcasting, no key used twice, no network."""
 
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,7 +9,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
 import pytest
+import tiny
 import torch
+
+from dmpo_jax import base as base_lib
+from dmpo_jax import stages
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +28,18 @@ def compilation_cache(tmp_path_factory):
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> pathlib.Path:
+  """Folder of a complete base with random weights."""
+  return tiny.make_base(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_base, tmp_path_factory) -> pathlib.Path:
+  """What `dmpo prepare` makes of emoji_choice/top160 with the tiny base."""
+  folder = tmp_path_factory.mktemp("data")
+  config = tiny.config(tiny_base)
+  stages.prepare(config, base_lib.load_base(config.base), folder)
+  return folder

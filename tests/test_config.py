@@ -235,6 +235,7 @@ NAN, INF = float("nan"), float("inf")
     ("steps", -1, "> 0 and finite, got -1"),
     ("seed", -1, ">= 0, got -1"),
     ("objective.beta", 0.0, "> 0 and finite, got 0.0"),
+    ("objective.beta", NAN, "> 0 and finite, got nan"),
     ("objective.beta", INF, "> 0 and finite, got inf"),
     ("objective.method", "kto", "one of dmpo, dpo, fpo, ipo, denoise, autoencoder, got 'kto'"),
     ("data.caption_dropout", 1.0, "[0, 1), got 1.0"),

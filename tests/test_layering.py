@@ -11,7 +11,7 @@ LEVELS = {
   1: ["models", "losses", "diffusion"],
   2: ["data", "weights", "sharding", "optimizer"],
   3: ["train_step", "objectives", "sample", "base", "checkpoint", "logs", "report", "figures"]
-  + ["report_style"],
+  + ["report_page", "report_table", "report_style"],
   4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base"],
   5: ["cli"],
 }

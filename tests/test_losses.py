@@ -497,7 +497,7 @@ def test_common_shifts_change_nothing(shifted):
 
 @every_loss
 def test_pairs_do_not_see_each_other(name):
-  """Permutation moves losses along, and a batch's mean is that of its microbatches."""
+  """Permutation moves losses along, and a batch is its microbatches side by side."""
   loss, _ = LOSSES[name]
   errors = random_errors(seed=10)
   value, parts = loss(*errors)
@@ -505,8 +505,9 @@ def test_pairs_do_not_see_each_other(name):
   permuted, permuted_parts = loss(*(err[order] for err in errors))
   np.testing.assert_array_equal(permuted, value[order])
   np.testing.assert_array_equal(permuted_parts, np.array(parts)[:, order])
-  halves = [loss(*(err[half] for err in errors))[0] for half in (slice(0, 8), slice(8, 16))]
-  np.testing.assert_allclose(np.mean(halves), value.mean(), rtol=1e-6)
+  first, second = (loss(*(err[half] for err in errors))[0] for half in (slice(8), slice(8, 16)))
+  # Eight lanes and sixteen may be vectorised differently: the last bit is free.
+  np.testing.assert_allclose(np.concatenate([first, second]), value, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["dmpo", "js", "alpha(0.3)"])

@@ -232,12 +232,12 @@ def test_moments_are_clipped_and_sampled_as_diffusers_does():
   judge = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(
     torch_models.channels_first(moments)
   )
-  mean, logvar = vae.split_moments(moments)
+  mean, logvar = vae.split_moments(jnp.asarray(moments))
   np.testing.assert_array_equal(mean, torch_models.channels_last(judge.mean))
   np.testing.assert_array_equal(logvar, torch_models.channels_last(judge.logvar))
 
   standard = np.concatenate([np.full((64, 8, 8, 4), 3.0), np.full((64, 8, 8, 4), np.log(4.0))], -1)
-  latents = vae.sample_latents(jax.random.key(0), standard, 0.5)
+  latents = vae.sample_latents(jax.random.key(0), jnp.asarray(standard), 0.5)
   # 16,384 samples of N(3, 2^2), halved: the mean's standard error is 0.008.
   np.testing.assert_allclose(latents.mean(), 1.5, atol=0.04)
   np.testing.assert_allclose(latents.std(), 1.0, atol=0.03)

@@ -158,7 +158,7 @@ class AutoencoderKL(nn.Module):
     if c.use_post_quant_conv:
       self.post_quant_conv = nn.Conv(c.latent_channels, (1, 1), dtype=self.dtype)
 
-  def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c2"]:
+  def encode(self, images: Float[Array, "B H W C"]) -> Float[Array, "B h w c2"]:
     """Moments of the posterior: mean and log-variance, stacked on channels, float32."""
     c = self.config
     fields.check_width("images", images.shape[-1], "in_channels", c.in_channels)
@@ -167,7 +167,7 @@ class AutoencoderKL(nn.Module):
       moments = self.quant_conv(moments)
     return moments.astype(jnp.float32)
 
-  def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+  def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
     """Unscaled latents -> images, about [-1, 1] (not clipped), float32."""
     c = self.config
     fields.check_width("latents", latents.shape[-1], "latent_channels", c.latent_channels)

@@ -23,7 +23,7 @@ rests on Luce's choice rule, p_choice = n_A / (n_A + n_B). A pair is formed when
 occurrences, hence the second condition is a filter and not a significance claim.
 
 Prompts are the keywords that 2 to 24 of the emoji carry. Prompts in the order of their sha256:
-the first 25 % are the test split, the next 15 % validation, the rest train. A couple (the two
+the first 25 % are the test split, the next 10 % validation, the rest train. A couple (the two
 symbols, whichever won) is in one split only: {train} train pairs and {validation} validation pairs
 were left out because their couple is held out under another prompt.
 

@@ -10,7 +10,7 @@ from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 
 MIN_RATIO = 2.0  # the winner was used at least twice as often
 MIN_Z = 2.576  # two-sided 1 % point of the normal distribution; a filter, not a claim
-TEST_SHARE, VALIDATION_SHARE = 0.25, 0.15  # of the prompts
+TEST_SHARE, VALIDATION_SHARE = 0.25, 0.10  # of the prompts
 SPLITS = ("train", "validation", "test")
 
 
