@@ -82,10 +82,11 @@ def test_unet_normalises_small_activations_as_diffusers_does():
 def test_unet_gradients_equal_autograd():
   judge, ours, params = ported_unet(torch_models.UNET_SD1)
   inputs = unet_inputs(torch_models.UNET_SD1)
+  arrays = [jnp.asarray(each) for each in inputs]
   target = random(3, *inputs[0].shape)
 
   def squared_error(params):
-    return jnp.square(ours.apply({"params": params}, *inputs) - target).mean()
+    return jnp.square(ours.apply({"params": params}, *arrays) - target).mean()
 
   error, gradients = jax.jit(jax.value_and_grad(squared_error))(params)
   expected = (run_judge(judge, *inputs) - torch_models.channels_first(target)).square().mean()
@@ -131,10 +132,11 @@ def test_unet_in_bfloat16_errs_no_more_than_diffusers_in_bfloat16():
     ({"brand_new": 1}, "'brand_new' is not known to UNetConfig"),
     ({"down_block_types": ["AttnDownBlock2D"] * 2}, "down_block_types: 'AttnDownBlock2D'"),
     ({"up_block_types": ["UpBlock2D"]}, "up_block_types has 1 entries for 2 blocks"),
-    ({"layers_per_block": [1, 2]}, r"layers_per_block: \(1, 2\) is not implemented"),
-    ({"cross_attention_dim": [32, 64]}, "cross_attention_dim: .* expected one integer"),
+    ({"layers_per_block": [1, 2]}, r"'layers_per_block' is \(1, 2\); expected int"),
+    ({"cross_attention_dim": [32, 64]}, "'cross_attention_dim' is .*; expected int"),
     ({"attention_head_dim": [4, 4, 4]}, "attention_head_dim has 3 entries for 2 blocks"),
     ({"attention_head_dim": 5}, "attention_head_dim: 5 heads do not divide 32 channels"),
+    ({"norm_num_groups": None}, "'norm_num_groups' is None; expected int"),
     ({"norm_num_groups": 7}, "32 is not divisible by norm_num_groups 7"),
   ],
 )

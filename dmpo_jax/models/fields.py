@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 Config = TypeVar("Config")
+
+SCALARS = {bool: {bool}, int: {int}, float: {float, int}, str: {str}}  # JSON writes 1.0 as 1 too
 
 
 def read_fields(
@@ -23,13 +25,17 @@ def read_fields(
     where: the file, for the error message.
 
   Raises:
-    ValueError: a field is missing, unknown, or set to a value that is not implemented.
+    ValueError: a field is missing, unknown, of another type, or set to a value that is not
+      implemented.
   """
   known = {field.name: field for field in dataclasses.fields(cls)}
+  hints = get_type_hints(cls)
   values = {}
   for name, value in raw.items():
     value = tuple(value) if isinstance(value, list) else value
     if name in known:
+      if type(value) not in SCALARS.get(hints[name], {type(value)}):
+        raise ValueError(f"{where}: field {name!r} is {value!r}; expected {hints[name].__name__}")
       values[name] = value
     elif name.startswith("_"):
       continue

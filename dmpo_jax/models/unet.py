@@ -54,11 +54,6 @@ class UNetConfig:
           f"block_out_channels: {channels} is not divisible by norm_num_groups "
           f"{self.norm_num_groups}"
         )
-    for name in ("layers_per_block", "cross_attention_dim"):
-      if not isinstance(getattr(self, name), int):
-        raise ValueError(
-          f"{name}: {getattr(self, name)!r} is not implemented; expected one integer"
-        )
     for channels, heads, _ in zip(self.block_out_channels, self.heads, self.depths, strict=True):
       if channels % heads:
         raise ValueError(f"attention_head_dim: {heads} heads do not divide {channels} channels")
