@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   from dmpo_jax import train  # heavy imports only after the arguments are known to be good
 
   try:
-    options.run(options, overrides, "dmpo " + shlex.join(argv))
+    options.handler(options, overrides, "dmpo " + shlex.join(argv))
   except ValueError as error:
     print(f"dmpo {options.command}: error: {error}", file=sys.stderr)
     return 2
@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
   def add(name, run, help, config=DEFAULT_CONFIG):
     command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
     command.add_argument("--config", default=config, help=f"configuration file ({config})")
-    command.set_defaults(run=run)
+    command.set_defaults(handler=run)
     return command
 
   def folder(command, name, help, required=True):
@@ -165,8 +165,10 @@ def _find_group(raw: dict, field: str) -> dict:
 def _load(options, overrides):
   from dmpo_jax import base as base_lib
   from dmpo_jax import config as config_lib
+  from dmpo_jax import stages
 
   config = config_lib.from_dict(read_config(options.config, overrides))
+  stages.check_settings(config)
   return config, base_lib.load_base(config.base, compute=config.precision.compute)
 
 

@@ -53,6 +53,16 @@ def versions() -> dict[str, str]:
   return found | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
+def check_settings(config: config_lib.Config) -> None:
+  """Refuses what would fail later: an unknown data set, a hyper-parameter out of its range.
+
+  Raises:
+    ValueError: names the field.
+  """
+  check_dataset(config.data.dataset)
+  tasks.bind_loss(config.objective)
+
+
 def prepare(
   config: config_lib.Config, base: base_lib.Base, data_dir: pathlib.Path
 ) -> encode.Encoded:
@@ -85,10 +95,15 @@ def make_builder(dataset: str, folder: pathlib.Path) -> emoji_choice.Builder:
   Raises:
     ValueError: there is none of this name.
   """
+  check_dataset(dataset)
+  return emoji_choice.Builder(data_dir=folder, config=dataset.split("/")[1])
+
+
+def check_dataset(dataset: str) -> None:
+  """Raises ValueError, naming those there are, if no builder makes `dataset`."""
   known = [f"emoji_choice/{each.name}" for each in emoji_choice.Builder.BUILDER_CONFIGS]
   if dataset not in known:
     raise ValueError(f"data.dataset: expected one of {', '.join(known)}, got {dataset!r}")
-  return emoji_choice.Builder(data_dir=folder, config=dataset.split("/")[1])
 
 
 def latents_folder(config: config_lib.Config, data_dir: pathlib.Path) -> pathlib.Path:
@@ -435,6 +450,7 @@ def demo(config: config_lib.Config, out: pathlib.Path, command: str) -> dict[str
   Raises:
     ValueError: `out` holds another run, or any stage refuses its input.
   """
+  check_settings(config)
   run, evaluation, model = out / "train", out / "evaluation", out / "model"
   train.claim_folder(run, config)
   ledger = Ledger(out)

@@ -44,7 +44,7 @@ def bind_loss(config: config_lib.ObjectiveConfig) -> objectives.PreferenceLoss:
   Raises:
     ValueError: a hyper-parameter is out of range (the loss is tried on one pair).
   """
-  bound = {
+  makers = {
     "dmpo": lambda: functools.partial(losses.dmpo_loss, beta=config.beta, alpha=config.alpha),
     "dpo": lambda: functools.partial(
       losses.dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing
@@ -57,7 +57,12 @@ def bind_loss(config: config_lib.ObjectiveConfig) -> objectives.PreferenceLoss:
       a=config.order,
     ),
     "ipo": lambda: functools.partial(losses.ipo_loss, beta=config.beta),
-  }[config.method]()
+  }
+  if config.method not in makers:
+    raise ValueError(
+      f"objective.method: expected one of {', '.join(makers)} for pairs, got {config.method!r}"
+    )
+  bound = makers[config.method]()
   one = jax.ShapeDtypeStruct((1,), jnp.float32)
   jax.eval_shape(bound, one, one, one, one)
   return bound

@@ -50,7 +50,7 @@ def groups(value):
 
 
 # File -> the groups in it that are runs; "" is the file itself.
-SHIPPED = {"emoji_dmpo": ("",), "emoji_base": ("autoencoder", "denoise")}
+SHIPPED = {"emoji_dmpo": ("",), "emoji_base": ("autoencoder", "denoise", "condition")}
 RUNS = [(name, part) for name, parts in SHIPPED.items() for part in parts]
 
 
@@ -69,16 +69,21 @@ def test_shipped_files_are_valid(name, part):
       setattr(group, dataclasses.fields(group)[0].name, None)
 
 
-def test_every_shipped_file_is_covered():
-  assert set(SHIPPED) == {path.stem for path in CONFIGS.glob("*.py")}
+def test_every_shipped_run_is_covered():
+  found = {}
+  for path in CONFIGS.glob("*.py"):
+    raw = cli.read_config(str(path), [])
+    parts = {"": raw, **{name: part for name, part in raw.items() if isinstance(part, dict)}}
+    found[path.stem] = {name for name, part in parts.items() if "objective" in part}
+  assert found == {name: set(parts) for name, parts in SHIPPED.items()}
 
 
 def test_shipped_files_are_what_their_docstrings_say():
   read = {part: config.from_dict(shipped(name, part)) for name, part in RUNS}
   assert (read[""].base, read[""].objective.method) == ("emoji", "dmpo")
   assert read[""].objective.needs_reference
-  for part, method in (("autoencoder", "autoencoder"), ("denoise", "denoise")):
-    assert read[part].objective.method == method
+  for part in ("autoencoder", "denoise", "condition"):
+    assert read[part].objective.method == ("autoencoder" if part == "autoencoder" else "denoise")
     assert not read[part].objective.needs_reference
 
 
@@ -241,6 +246,8 @@ NAN, INF = float("nan"), float("inf")
     ("data.caption_dropout", 1.0, "[0, 1), got 1.0"),
     ("data.caption_dropout", -0.1, "[0, 1), got -0.1"),
     ("data.caption_dropout", NAN, "[0, 1), got nan"),
+    ("data.timestep_power", 0.0, "> 0 and finite, got 0.0"),
+    ("data.timestep_power", INF, "> 0 and finite, got inf"),
     ("optim.name", "sgd", "one of adamw, adafactor, got 'sgd'"),
     ("optim.schedule", "step", "one of constant, linear, cosine, got 'step'"),
     ("optim.learning_rate", 0.0, "> 0 and finite, got 0.0"),

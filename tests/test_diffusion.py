@@ -153,28 +153,36 @@ def test_noising_is_a_function_of_the_key():
   assert first.noise.shape == shape and first.noise.dtype == jnp.float32
 
 
-def test_timesteps_are_uniform_over_the_whole_range():
+@pytest.mark.parametrize("power", [1.0, 0.5, 4.0])
+def test_timesteps_have_their_density_over_the_whole_range(power):
+  """P(t <= k) = ((k + 1) / T)^power; chi-square, with rare timesteps pooled."""
   total, count = 100, 50_000
-  timesteps, _ = diffusion.sample_noising(jax.random.key(11), (count, 1, 1, 1), total)
+  timesteps, _ = diffusion.sample_noising(jax.random.key(11), (count, 1, 1, 1), total, power)
   counts = np.bincount(timesteps, minlength=total)
-  assert len(counts) == total and counts.min() > 0
-  statistic = ((counts - count / total) ** 2).sum() / (count / total)
-  low, high = stats.chi2.ppf([1e-4, 1 - 1e-4], total - 1)
+  assert timesteps.dtype == jnp.int32 and len(counts) == total
+  expected = count * np.diff((np.arange(total + 1) / total) ** power)
+  if power == 1.0:
+    np.testing.assert_allclose(expected, count / total)
+  rare = expected < 20
+  bins = [np.append(each[~rare], each[rare].sum()) for each in (counts, expected)]
+  observed, mean = (each[: len(each) - (not rare.any())] for each in bins)
+  statistic = ((observed - mean) ** 2 / mean).sum()
+  low, high = stats.chi2.ppf([1e-4, 1 - 1e-4], len(mean) - 1)
   assert low < statistic < high
 
 
 def test_noise_is_standard_normal_and_independent():
-  timesteps, noise = diffusion.sample_noising(jax.random.key(12), (512, 4, 4, 16), 1000)
-  flat = np.asarray(noise, np.float64).reshape(512, -1)
+  timesteps, noise = diffusion.sample_noising(jax.random.key(12), (256, 4, 4, 8), 1000)
+  flat = np.asarray(noise, np.float64).reshape(256, -1)
   count = flat.size
   # Five standard errors of the first four moments of a standard normal.
   assert abs(flat.mean()) < 5 / count**0.5
   assert abs(flat.var() - 1) < 5 * (2 / count) ** 0.5
   assert abs((flat**3).mean()) < 5 * (15 / count) ** 0.5
   assert abs((flat**4).mean() - 3) < 5 * (96 / count) ** 0.5
-  between = np.corrcoef(flat)[np.triu_indices(512, 1)]  # examples
+  between = np.corrcoef(flat)[np.triu_indices(256, 1)]  # examples
   assert abs(between).max() < 6 / flat.shape[1] ** 0.5
-  assert abs(np.corrcoef(flat[:, 0], timesteps)[0, 1]) < 5 / 512**0.5
+  assert abs(np.corrcoef(flat[:, 0], timesteps)[0, 1]) < 5 / 256**0.5
 
 
 # --- scheduler_config.json ---

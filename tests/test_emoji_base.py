@@ -1,5 +1,6 @@
 """The recipe of the shipped base, run for a few steps, and the shipped base itself."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -53,7 +54,7 @@ def test_the_shipped_base_is_small_and_attributed(shipped):
 
 def test_its_autoencoder_reconstructs(shipped):
   real = evaluate.real_images(emoji_lib.load_emoji(160)[:16], shipped.resolution)
-  decoded = np.asarray(emoji_base.reconstruct(shipped, real))
+  decoded = np.asarray(emoji_base.reconstruct(shipped, jnp.asarray(real)))
   assert np.sqrt(((decoded - real) ** 2).mean()) < 0.03
 
 

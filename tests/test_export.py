@@ -3,6 +3,7 @@
 import json
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -16,9 +17,7 @@ PROMPTS = ["love", "sad", "A dog, please!"]
 
 
 def open_pipeline(folder):
-  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-    str(folder), torch_dtype=torch.float32
-  )
+  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(folder), dtype=torch.float32)
   pipeline.set_progress_bar_config(disable=True)
   return pipeline
 
@@ -66,8 +65,8 @@ def test_diffusers_predicts_the_same_noise(exported):
   noise = evaluate.initial_noise(PROMPTS, 1, base.latent_shape, 1)[:, 0]
   timesteps = np.array([1, 500, 999])
   denoiser = base.denoiser()
-  embeds = denoiser.text_encoder(base.params["text_encoder"], base.tokenizer(PROMPTS))
-  ours = denoiser.unet(base.params["unet"], noise, timesteps, embeds)
+  embeds = denoiser.text_encoder(base.params["text_encoder"], jnp.asarray(base.tokenizer(PROMPTS)))
+  ours = denoiser.unet(base.params["unet"], jnp.asarray(noise), jnp.asarray(timesteps), embeds)
   pipeline = open_pipeline(folder)
   ids = pipeline.tokenizer(
     PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
