@@ -84,6 +84,7 @@ class OptimConfig:
   """Attributes:
   learning_rate: peak.
   schedule: after the warm-up: constant, linear (to 0) or cosine (to 0).
+  b1, b2, eps: of AdamW; Adafactor does not read them.
   clip_norm: largest global norm of the gradient.
   ema_decay: 0 keeps no average; else the averaged parameters are evaluated and exported.
   """

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dmpo_jax import base as base_lib
@@ -117,7 +118,7 @@ def with_scaling(
   base: base_lib.Base, folder: pathlib.Path, vae_params, moments: np.ndarray
 ) -> base_lib.Base:
   """Sets scaling_factor = 1 / std of the latents (Rombach et al., appendix G), also on disk."""
-  mean, logvar = (np.asarray(each) for each in vae_lib.split_moments(moments))
+  mean, logvar = (np.asarray(each) for each in vae_lib.split_moments(jnp.asarray(moments)))
   deviation = float(np.sqrt(mean.var() + np.exp(logvar).mean()))
   config = dataclasses.replace(base.vae.config, scaling_factor=round(1 / deviation, 5))
   raw = base_lib.read_json(folder / "vae" / "config.json")
@@ -145,7 +146,7 @@ def measure_base(
     title="sampling the base",
   )
   summary = evaluate.summarise(measure.score(images, prompts, emoji, real))
-  reconstructed = np.asarray(jax.jit(functools.partial(reconstruct, base))(real))
+  reconstructed = np.asarray(jax.jit(functools.partial(reconstruct, base))(jnp.asarray(real)))
   return {
     "samples": int(np.prod(images.shape[:2])),
     "prompts": len(prompts),

@@ -15,6 +15,8 @@ import tiny
 from dmpo_jax import base as base_lib
 from dmpo_jax import checkpoint, logs, objectives, stages, tasks, train
 
+pytestmark = pytest.mark.slow  # every test compiles a step
+
 
 def prepare_task(base_folder, data, **more):
   config = tiny.config(base_folder, **more)
@@ -81,7 +83,6 @@ def test_resume_is_bit_identical(straight, tmp_path):
   assert [r["step"] for r in logs.read(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tiny_base, tiny_data, tmp_path):
   """Real processes: one killed while it trains and started again, one left alone."""
   command = [sys.executable, "-m", "dmpo_jax.cli", "train", "--data", str(tiny_data)]

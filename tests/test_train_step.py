@@ -43,7 +43,11 @@ def examples_of(task, batch):
 
 @pytest.mark.parametrize(
   "compute, reference",
-  [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")],
+  [
+    ("float32", "float32"),
+    pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
+    pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow),
+  ],
 )
 def test_margins_at_step_0_are_exactly_zero(tiny_base, tiny_data, compute, reference):
   settings = {"precision.compute": compute, "precision.reference": reference}
@@ -113,6 +117,7 @@ def test_errors_equal_float64_numpy(tiny_base):
   np.testing.assert_allclose(got, expected, rtol=2e-5)  # float32 input noise through the network
 
 
+@pytest.mark.slow
 def test_the_reference_gets_no_gradient_and_changes_the_loss(tiny_base, tiny_data):
   config, base, task = make_task(tiny_base, tiny_data)
   examples = examples_of(task, batch_of(config, base, tiny_data))
@@ -126,6 +131,7 @@ def test_the_reference_gets_no_gradient_and_changes_the_loss(tiny_base, tiny_dat
   assert float(mean_loss(other)) != float(value)
 
 
+@pytest.mark.slow
 def test_a_step_changes_the_policy_alone(tiny_base, tiny_data):
   config, base, task = make_task(tiny_base, tiny_data)
   before = jax.tree.map(np.array, task.frozen)
@@ -137,6 +143,7 @@ def test_a_step_changes_the_policy_alone(tiny_base, tiny_data):
   assert all(moved) and int(state.step) == 1
 
 
+@pytest.mark.slow
 def test_accumulation_changes_the_order_of_additions_only(tiny_base, tiny_data):
   config, base, task = make_task(tiny_base, tiny_data)
   batch = batch_of(config, base, tiny_data)
@@ -171,6 +178,7 @@ def test_dead_zone_counts_pairs_with_a_vanishing_gradient(tiny_base, tiny_data):
   assert float(jnp.mean(gentle["dead_zone"])) == 0.0
 
 
+@pytest.mark.slow
 def test_denoising_trains_unet_and_text_encoder(tiny_base):
   base = base_lib.load_base(str(tiny_base))
   objective = objectives.denoising_objective(base.denoiser())
