@@ -22,7 +22,7 @@ def open_pipeline(folder):
   return pipeline
 
 
-@pytest.fixture(scope="module", params=["tiny", "emoji"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("emoji", marks=pytest.mark.slow)])
 def exported(request, tiny_base, tmp_path_factory):
   """An export of the tiny base (random weights) and of the shipped one, its UNet a little moved."""
   base = base_lib.load_base(str(tiny_base) if request.param == "tiny" else request.param)

@@ -79,6 +79,7 @@ def test_unet_normalises_small_activations_as_diffusers_does():
   assert max_difference(got, expected) <= TOLERANCE * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_unet_gradients_equal_autograd():
   judge, ours, params = ported_unet(torch_models.UNET_SD1)
   inputs = unet_inputs(torch_models.UNET_SD1)

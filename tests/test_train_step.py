@@ -69,6 +69,7 @@ def test_a_changed_policy_has_a_margin(tiny_base, tiny_data):
   assert float(metrics["margin_abs_max"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_winner_and_loser_share_timestep_and_noise(tiny_base, tiny_data):
   """A pair whose two images are equal has margin 0 for any policy, if and only if they share both
   (the posterior sample is switched off by a log-variance of -30)."""
@@ -164,6 +165,7 @@ def test_split_batch_keeps_every_row_once():
   assert sorted(parts.reshape(-1).tolist()) == list(range(12))
 
 
+@pytest.mark.slow
 def test_dead_zone_counts_pairs_with_a_vanishing_gradient(tiny_base, tiny_data):
   loss = functools.partial(losses.dmpo_loss, beta=1e7, alpha=0.01)
   base = base_lib.load_base(str(tiny_base))
@@ -196,6 +198,7 @@ def test_denoising_trains_unet_and_text_encoder(tiny_base):
   assert np.mean(used) > 0.95  # a key projection's bias cancels in the softmax
 
 
+@pytest.mark.slow
 def test_reconstruction_loss_equals_float64_numpy(tiny_base):
   base = base_lib.load_base(str(tiny_base))
   generator = np.random.default_rng(2)

@@ -46,7 +46,7 @@ class ClipTokenizer:
     """Number of ids; every id is below it."""
     return max(self._tokenizer.get_vocab().values()) + 1
 
-  def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "n L"]:
+  def __call__(self, captions: Sequence) -> Int[np.ndarray, "n L"]:
     """Ids as int32. Warns once, with the count, if captions had to be cut.
 
     Raises:
