@@ -73,8 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
   sample.add_argument("--seed", type=int, default=0)
   folder(sample, "--out", "folder for grid.png and the single images")
 
-  evaluate = add("evaluate", run_evaluate, "policy against reference on held-out prompts")
-  folder(evaluate, "--data", "folder that `dmpo prepare` filled")
+  evaluate = add("evaluate", run_evaluate, "policy against reference on held-out couples")
   folder(evaluate, "--run", "folder of the training run")
   folder(evaluate, "--out", "folder for evaluation.json and the samples")
   evaluate.add_argument("--split", choices=("validation", "test"), default="test")
@@ -233,10 +232,7 @@ def run_evaluate(options, overrides, command) -> None:
   from dmpo_jax import stages
 
   config, base = _load(options, overrides)
-  encoded = stages.open_data(config, base, options.data)
-  result = stages.evaluate_policy(
-    config, base, encoded, options.run, options.out, split=options.split
-  )
+  result = stages.evaluate_policy(config, base, options.run, options.out, split=options.split)
   print(stages.show_evaluation(result))
 
 

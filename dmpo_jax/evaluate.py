@@ -1,6 +1,7 @@
 """Paired comparison of a policy with its reference: same prompts, same seeds, same sampler."""
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -30,20 +31,36 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-  values: Float[np.ndarray, "p s"] | Bool[np.ndarray, "p s"], *, seed: int = 0
+  values: Float[np.ndarray, "p s"] | Bool[np.ndarray, "p s"],
+  counted: Bool[np.ndarray, "p s"] | None = None,
+  *,
+  seed: int = 0,
 ) -> Interval:
   """Percentile bootstrap (Efron 1979) of the mean, resampling prompts: rows, not images.
 
   Images of one prompt are not independent, so the interval is that of new prompts.
 
+  Args:
+    counted: which values enter the mean; all if None. A row may have none.
+
+  Returns:
+    The interval; NaN where nothing is counted.
+
   >>> bootstrap(np.full((3, 2), 0.5))
   Interval(mean=0.5, low=0.5, high=0.5)
   """
-  rows = np.asarray(values, np.float64).mean(axis=1)
+  counted = np.ones(values.shape, bool) if counted is None else counted
+  if not counted.any():
+    return Interval(math.nan, math.nan, math.nan)
+  sums = np.where(counted, values, 0.0).sum(axis=1, dtype=np.float64)
+  counts = counted.sum(axis=1)
+  rows = counts > 0
+  sums, counts = sums[rows], counts[rows]
   generator = np.random.default_rng(seed)
-  draws = rows[generator.integers(len(rows), size=(BOOTSTRAP_DRAWS, len(rows)))].mean(axis=1)
+  chosen = generator.integers(len(sums), size=(BOOTSTRAP_DRAWS, len(sums)))
+  draws = sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
   low, high = np.percentile(draws, [2.5, 97.5])
-  return Interval(float(rows.mean()), float(low), float(high))
+  return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
 
 
 def initial_noise(

@@ -152,6 +152,8 @@ Versions: {", ".join(f"{name} {version}" for name, version in versions.items())}
 
 
 def _show(value: Any) -> str:
+  if isinstance(value, Mapping) and value["mean"] is None:
+    return "not measured"
   if isinstance(value, Mapping):
     return f"{value['mean']:.4f} (95 % interval {value['low']:.4f} to {value['high']:.4f})"
   return f"{value:.4g}" if isinstance(value, float) else str(value)

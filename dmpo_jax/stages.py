@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import time
@@ -28,17 +29,17 @@ from dmpo_jax.data import encode, images
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 from dmpo_jax.data.emoji_choice import emoji_choice_dataset_builder as emoji_choice
 from dmpo_jax.data.emoji_choice import measure
+from dmpo_jax.data.emoji_choice import pairs as pairs_lib
 
 ENCODE_BATCH = 64
-TRAIN_PROMPTS = 40  # of the train split, sampled beside all held-out prompts
 REPORT_PROMPTS = 8  # shown in the report's grids
 EVALUATION_SEED = 1  # of the sampling noise; not the seed of the base's own measurement
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
 DATA_CARD = (
   "`{dataset}`: pairs of Twemoji drawings for one keyword, the more used one preferred. The "
   "preference is revealed choice, how often people sent a symbol in tweets (Emoji Sentiment "
-  "Ranking 1.0), not a rating of a drawing. {train} pairs for training; prompts and couples of "
-  "the validation and test splits occur in no training pair."
+  "Ranking 1.0), not a rating of a drawing. {train} pairs for training; couples of the validation "
+  "and test splits occur in no training pair, under any prompt."
 )
 ATTRIBUTION = (
   "Drawings: Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0 "
@@ -124,16 +125,9 @@ def train_policy(
   train.train(config, tasks.preference_task(config, base, encoded), out)
 
 
-def prompts_of(encoded: encode.Encoded, split: str) -> list[str]:
-  """The distinct captions of a split, sorted."""
-  source = encoded.splits[split]
-  return sorted({source[i]["caption"] for i in range(len(source))})
-
-
 def evaluate_policy(
   config: config_lib.Config,
   base: base_lib.Base,
-  encoded: encode.Encoded,
   run: pathlib.Path,
   out: pathlib.Path,
   *,
@@ -141,44 +135,55 @@ def evaluate_policy(
 ) -> dict[str, Any]:
   """Compares the trained policy with its reference; writes `evaluation.json` and the images.
 
+  The prompts are those of the held-out couples. A comparison (same prompt, same noise) says
+  something about held-out couples if the two models drew the two emoji of one, or if one of them
+  alone drew something that shows the prompt; see `measure.decided_on`.
+
   Args:
-    split: of the held-out prompts: test, or validation while settings are chosen.
+    split: whose couples are held out: test, or validation while settings are chosen.
 
   Returns:
-    What was written: intervals for both models, on held-out and on some train prompts.
+    What was written: intervals over prompts, for both models and for the comparison.
   """
   policy = train.load_trained(run, base.params["unet"])
   emoji = emoji_of(config)
-  held_out = prompts_of(encoded, split)
-  seen = prompts_of(encoded, "train")
-  seen = seen[:: max(1, len(seen) // TRAIN_PROMPTS)][:TRAIN_PROMPTS]
+  pairs = pairs_lib.split_pairs(pairs_lib.form_pairs(emoji))
+  prompts = sorted({pair.caption for pair in pairs[split]})
   comparison = evaluate.compare_emoji(
-    base, policy, held_out + seen, emoji, config.sampling, seed=EVALUATION_SEED
+    base, policy, prompts, emoji, config.sampling, seed=EVALUATION_SEED
   )
+  scores = {"reference": comparison.reference, "policy": comparison.policy}
   wins = measure.compare(comparison.policy, comparison.reference)
-  cut = len(held_out)
+  decided = {
+    name: measure.decided_on(comparison.policy, comparison.reference, emoji, pairs[name])
+    for name in ("train", split)
+  }
   result = {
     "split": split,
-    "heldout_win_rate": evaluate.bootstrap(wins[:cut])._asdict(),
-    "train_win_rate": evaluate.bootstrap(wins[cut:])._asdict(),
-    "reference": _summarise(comparison.reference, cut),
-    "policy": _summarise(comparison.policy, cut),
+    "heldout_win_rate": evaluate.bootstrap(wins, decided[split])._asdict(),
+    "heldout_comparisons": int(decided[split].sum()),
+    "train_win_rate": evaluate.bootstrap(wins, decided["train"])._asdict(),
+    "overall_win_rate": evaluate.bootstrap(wins)._asdict(),
+    **{
+      model: _summarise(each, prompts, emoji, pairs["train"], pairs[split])
+      for model, each in scores.items()
+    },
     "samples": int(wins.size),
-    "prompts": {"heldout": cut, "train": len(seen)},
+    "evaluated_prompts": len(prompts),
   }
   out.mkdir(parents=True, exist_ok=True)
   np.savez_compressed(
     out / "samples.npz",
-    prompts=np.array(comparison.prompts),
-    heldout=np.arange(len(wins)) < cut,
+    prompts=np.array(prompts),
     reference=images.to_uint8(comparison.reference_images),
     policy=images.to_uint8(comparison.policy_images),
     reference_nearest=comparison.reference.nearest,
     policy_nearest=comparison.policy.nearest,
     wins=wins,
+    decided=decided[split],
   )
   write_json(out / "evaluation.json", result)
-  return result
+  return base_lib.read_json(out / "evaluation.json")
 
 
 def emoji_of(config: config_lib.Config) -> tuple[emoji_lib.Emoji, ...]:
@@ -188,13 +193,12 @@ def emoji_of(config: config_lib.Config) -> tuple[emoji_lib.Emoji, ...]:
   return emoji_lib.load_emoji(counts[name])
 
 
-def _summarise(scores: measure.Scores, cut: int) -> dict[str, Any]:
-  parts = {}
-  for suffix, rows in (("", slice(None, cut)), ("_train", slice(cut, None))):
-    part = evaluate.summarise(measure.Scores(*(field[rows] for field in scores)))
-    parts |= {f"{name}{suffix}": interval._asdict() for name, interval in part.items()}
-  parts["use_rank_heldout"] = parts.pop("use_rank")
-  return parts
+def _summarise(scores: measure.Scores, prompts, emoji, train_pairs, heldout_pairs):
+  parts = evaluate.summarise(scores)
+  for name, pairs in (("use_rank_train", train_pairs), ("use_rank_heldout", heldout_pairs)):
+    ranks = measure.rank_among(scores, prompts, emoji, pairs)
+    parts[name] = evaluate.bootstrap(ranks, ~np.isnan(ranks))
+  return {name: interval._asdict() for name, interval in parts.items()}
 
 
 def export_policy(
@@ -297,7 +301,7 @@ def sample_images(
 def show_evaluation(result: Mapping[str, Any]) -> str:
   """The lines that `dmpo evaluate` prints."""
   rows = [f"split {result['split']}, {result['samples']} images per model"]
-  for name in ("heldout_win_rate", "train_win_rate"):
+  for name in ("heldout_win_rate", "train_win_rate", "overall_win_rate"):
     rows.append(f"{name:24s} {_plain(result[name])}")
   for name, policy in result["policy"].items():
     rows.append(f"{name:24s} {_plain(result['reference'][name])} -> {_plain(policy)}")
@@ -305,12 +309,14 @@ def show_evaluation(result: Mapping[str, Any]) -> str:
 
 
 def _plain(interval: Mapping[str, float]) -> str:
+  if interval["mean"] is None:
+    return "n/a"
   return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
 
 
 def card_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
   """The rows of a model card from an evaluation."""
-  rows = {"win rate over the reference, held-out prompts": result["heldout_win_rate"]}
+  rows = {"win rate over the reference, held-out couples": result["heldout_win_rate"]}
   for model in ("policy", "reference"):
     for name in ("prompt_match", "rmse", "use_rank_heldout"):
       rows[f"{name.replace('_', ' ')}, {model}"] = result[model][name]
@@ -330,13 +336,13 @@ def write_report(
   samples = np.load(evaluation / "samples.npz", allow_pickle=False)
   emoji = emoji_of(config)
   prompts, wins = samples["prompts"], samples["wins"]
-  # The prompts on which most changed, the test split's first; ties by name.
-  change = np.abs(wins - 0.5).sum(axis=1) + 1000.0 * samples["heldout"]
+  # The prompts on which most was decided about held-out couples, for better or worse.
+  change = samples["decided"].sum(axis=1)
   order = sorted(range(len(prompts)), key=lambda i: (-change[i], prompts[i]))[:REPORT_PROMPTS]
   grids = [
     report.Grid(
       str(prompts[i]),
-      "held-out" if samples["heldout"][i] else "train",
+      "held-out couples",
       samples["reference"][i],
       samples["policy"][i],
       [int(each) for each in np.sign(wins[i] - 0.5)],
@@ -365,7 +371,7 @@ def _shift(samples, i: int, emoji: Sequence[emoji_lib.Emoji], config) -> report.
   drawings = [np.asarray(emoji_lib.draw(emoji[position])) for position in positions]
   return report.PromptShift(
     prompt,
-    "held-out" if samples["heldout"][i] else "train",
+    "held-out couples",
     [emoji[position].name for position in positions],
     np.stack(drawings),
     [emoji[position].uses for position in positions],
@@ -388,7 +394,7 @@ def summarise_run(
   return {
     "method": config.objective.method,
     "step0_margin_max": first["validation/margin_abs_max"],
-    **{name: value for name, value in result.items() if name != "prompts"},
+    **result,
     "seconds": {name: round(value, 1) for name, value in seconds.items()},
     "device": f"{jax.device_count()} x {device.device_kind}",
     "versions": versions(),
@@ -397,15 +403,19 @@ def summarise_run(
     "alpha": config.objective.alpha,
     "learning_rate": config.optim.learning_rate,
     "pairs": dict(counts),
-    "prompts": {split: len(prompts_of(encoded, split)) for split in counts},
-    "evaluated_prompts": dict(result["prompts"]),
   }
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-  """Writes a JSON file in one go: the old one or the new one, never half of it."""
+  """Writes a JSON file in one go, the old one or the new one. NaN, not measured, becomes null."""
+
+  def clean(value):
+    if isinstance(value, Mapping):
+      return {name: clean(each) for name, each in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
   temporary = path.with_suffix(path.suffix + ".tmp")
-  temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+  temporary.write_text(json.dumps(clean(content), indent=2) + "\n", encoding="utf-8")
   temporary.replace(path)
 
 
@@ -474,7 +484,7 @@ def demo(config: config_lib.Config, out: pathlib.Path, command: str) -> dict[str
     3,
     "evaluate",
     evaluation / "evaluation.json",
-    lambda: evaluate_policy(config, base, encoded, run, evaluation, split="test"),
+    lambda: evaluate_policy(config, base, run, evaluation, split="test"),
   )
   result = base_lib.read_json(evaluation / "evaluation.json")
   data = DATA_CARD.format(dataset=config.data.dataset, **encoded.metadata["counts"])

@@ -92,33 +92,30 @@ def test_pairs_of_three_by_hand():
 
 
 @pytest.mark.parametrize("count", [80, 160, None])
-def test_splits_share_no_prompt_and_no_couple(count):
+def test_splits_share_no_couple(count):
   pairs = pairs_lib.form_pairs(emoji_lib.load_emoji(count))
   splits = pairs_lib.split_pairs(pairs)
   assert list(splits) == ["train", "validation", "test"] and all(splits.values())
-  for field in ("caption", "couple"):
-    values = [{getattr(pair, field) for pair in members} for members in splits.values()]
-    assert len(set.union(*values)) == sum(map(len, values)), field
-  dropped = pairs_lib.count_dropped(pairs)
-  assert dropped["test"] == 0
-  assert sum(map(len, splits.values())) + sum(dropped.values()) == len(pairs)
+  couples = [{pair.couple for pair in members} for members in splits.values()]
+  assert len(set.union(*couples)) == sum(map(len, couples))
+  assert sum(map(len, splits.values())) == len(pairs)
 
 
-def test_only_pairs_of_held_out_couples_are_dropped():
+def test_sizes_of_the_splits():
   pairs = pairs_lib.form_pairs(emoji_lib.load_emoji(160))
-  split_of = pairs_lib.assign_prompts(pairs)
-  assert collections.Counter(split_of.values()) == {"test": 39, "validation": 16, "train": 101}
-  held_out = {pair.couple for pair in pairs if split_of[pair.caption] != "train"}
-  expected = [
-    pair for pair in pairs if split_of[pair.caption] == "train" and pair.couple not in held_out
-  ]
-  assert pairs_lib.split_pairs(pairs)["train"] == expected
-  assert pairs_lib.count_dropped(pairs) == {"train": 506, "validation": 63, "test": 0}
+  splits = pairs_lib.split_pairs(pairs)
+  assert {split: len(members) for split, members in splits.items()} == {
+    "train": 1137,
+    "validation": 153,
+    "test": 324,
+  }
+  counted = collections.Counter(pairs_lib.assign_couples(pairs).values())
+  assert counted == {"test": 164, "validation": 82, "train": 574}
 
 
 def test_the_split_does_not_depend_on_the_order_of_pairs():
   pairs = pairs_lib.form_pairs(emoji_lib.load_emoji(160))
-  assert pairs_lib.assign_prompts(pairs) == pairs_lib.assign_prompts(pairs[::-1])
+  assert pairs_lib.assign_couples(pairs) == pairs_lib.assign_couples(pairs[::-1])
 
 
 def test_the_data_set_holds_exactly_the_pairs(built):
@@ -151,7 +148,7 @@ def test_description_and_metadata_say_what_it_is(built):
   for words in (
     "revealed choice",
     "no ties by construction",
-    "506 train pairs and 63 validation pairs were left out",
+    "A held-out couple is in no training pair",
     "CC-BY 4.0",
     "CC BY-SA 4.0",
     "emojilib, MIT",
@@ -164,7 +161,6 @@ def test_description_and_metadata_say_what_it_is(built):
     "prompts": 156,
     "pairs": 1614,
     "couples": 820,
-    "dropped": {"train": 506, "validation": 63, "test": 0},
   }
 
 

@@ -8,6 +8,7 @@ import pytest
 from dmpo_jax import evaluate
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 from dmpo_jax.data.emoji_choice import measure
+from dmpo_jax.data.emoji_choice import pairs as pairs_lib
 
 USES = {"a": 50, "b": 30, "c": 30, "d": 10, "e": 7, "f": 100}
 KEYWORDS = {
@@ -121,6 +122,41 @@ def test_comparison_by_hand_and_its_mirror(emoji, real):
   assert wins.tolist() == [[1.0, 0.0, 0.5, 0.0, 0.5]]
   np.testing.assert_array_equal(measure.compare(scored["reference"], scored["policy"]), 1 - wins)
   assert (measure.compare(scored["policy"], scored["policy"]) == 0.5).all()
+
+
+def test_rank_among_pairs_and_decided_comparisons_by_hand(emoji, real):
+  """Against a slow reading of the definitions, one image at a time."""
+  prompts = ("warm", "blue")
+  names = [each.character for each in emoji]
+  pairs = pairs_lib.form_pairs(emoji)
+  assert {pair.caption for pair in pairs} & set(prompts), "the fixture forms no pairs"
+  draws = [names, names[::-1]]
+  scores = measure.score(pictures(real, draws), prompts, emoji, real)
+  other = measure.score(pictures(real, [names[1:] + names[:1]] * 2), prompts, emoji, real)
+  ranks = measure.rank_among(scores, prompts, emoji, pairs)
+  decided = measure.decided_on(scores, other, emoji, pairs)
+  for i, prompt in enumerate(prompts):
+    for j in range(len(names)):
+      mine, theirs = (emoji[each.nearest[i, j]] for each in (scores, other))
+      met = [p for p in pairs if p.caption == prompt and mine in (p.winner, p.loser)]
+      if prompt not in mine.keywords:
+        assert ranks[i, j] == 0.0
+      elif not met:
+        assert np.isnan(ranks[i, j])
+      else:
+        assert ranks[i, j] == np.mean([p.winner == mine for p in met])
+      shown = [prompt in each.keywords for each in (mine, theirs)]
+      couple = any({p.winner, p.loser} == {mine, theirs} for p in pairs)
+      assert decided[i, j] == (shown[0] != shown[1] or (all(shown) and couple))
+
+
+def test_only_counted_values_enter_the_interval():
+  values = np.array([[1.0, 0.0], [1.0, 0.25], [0.5, 0.5]])
+  counted = np.array([[True, False], [True, True], [False, False]])
+  assert evaluate.bootstrap(values, counted).mean == pytest.approx(2.25 / 3)
+  assert np.isnan(evaluate.bootstrap(values, np.zeros_like(counted)).mean)
+  with_nan = np.where(counted, values, np.nan)
+  assert evaluate.bootstrap(with_nan, counted) == evaluate.bootstrap(values, counted)
 
 
 def test_summary_takes_scores_as_they_are(emoji, real):

@@ -22,12 +22,12 @@ rests on Luce's choice rule, p_choice = n_A / (n_A + n_B). A pair is formed when
 (n_A - n_B) / sqrt(n_A + n_B) > 2.576, so there are no ties by construction; the counts are of
 occurrences, hence the second condition is a filter and not a significance claim.
 
-Prompts are the keywords that 2 to 24 of the emoji carry. Prompts in the order of their sha256:
-the first 25 % are the test split, the next 10 % validation, the rest train. A couple (the two
-symbols, whichever won) is in one split only: {train} train pairs and {validation} validation pairs
-were left out because their couple is held out under another prompt.
+Prompts are the keywords that 2 to 24 of the emoji carry. Splits are disjoint by couple (the two
+symbols, whichever won): couples in the order of their sha256, the first 20 % are the test split,
+the next 10 % validation, the rest train. A held-out couple is in no training pair, under any
+prompt; prompts are shared.
 
-{emoji} emoji, {prompts} prompts, {pairs} pairs before that, {couples} couples. Images are 72x72
+{emoji} emoji, {prompts} prompts, {pairs} pairs, {couples} couples. Images are 72x72
 PNG on white.
 
 Attribution: drawings are Twemoji, (c) Twitter, Inc. and other contributors, CC-BY 4.0
@@ -82,7 +82,6 @@ class Builder(tfds.core.GeneratorBasedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     emoji = emoji_lib.load_emoji(self.builder_config.count)
     pairs = pairs_lib.form_pairs(emoji)
-    dropped = pairs_lib.count_dropped(pairs)
     counts = {
       "emoji": len(emoji),
       "prompts": len({pair.caption for pair in pairs}),
@@ -91,7 +90,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     }
     return tfds.core.DatasetInfo(
       builder=self,
-      description=_DESCRIPTION.format(**counts, **dropped),
+      description=_DESCRIPTION.format(**counts),
       features=tfds.features.FeaturesDict(
         {
           "caption": tfds.features.Text(),
@@ -101,7 +100,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
           "couple": tfds.features.Text(),
         }
       ),
-      metadata=tfds.core.MetadataDict(**counts, dropped=dropped),
+      metadata=tfds.core.MetadataDict(**counts),
       homepage="https://hdl.handle.net/11356/1048",
       citation=_CITATION,
     )

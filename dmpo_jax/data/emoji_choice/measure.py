@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
+from dmpo_jax.data.emoji_choice import pairs as pairs_lib
 
 
 class Scores(NamedTuple):
@@ -92,6 +93,50 @@ def normalised_ranks(values: np.ndarray) -> Float[np.ndarray, " n"]:
   below = (values[None, :] < values[:, None]).sum(axis=1)
   equal = (values[None, :] == values[:, None]).sum(axis=1)
   return (below + (equal - 1) / 2) / (len(values) - 1)
+
+
+def rank_among(
+  scores: Scores,
+  prompts: Sequence[str],
+  emoji: Sequence[emoji_lib.Emoji],
+  pairs: Sequence[pairs_lib.Pair],
+) -> Float[np.ndarray, "p s"]:
+  """Share of its prompt's `pairs` that the image's emoji wins: use rank on these couples.
+
+  0.5 is chance. 0 where the image does not show the prompt; NaN where its emoji is in no pair of
+  that prompt.
+  """
+  position = {each.character: i for i, each in enumerate(emoji)}
+  row = {prompt: i for i, prompt in enumerate(prompts)}
+  won, met = np.zeros((2, len(prompts), len(emoji)))
+  for pair in pairs:
+    if pair.caption in row:
+      winner, loser = position[pair.winner.character], position[pair.loser.character]
+      won[row[pair.caption], winner] += 1
+      met[row[pair.caption], [winner, loser]] += 1
+  share = np.divide(won, met, out=np.full_like(won, np.nan), where=met > 0)
+  rows = np.arange(len(prompts))[:, None]
+  return np.where(scores.match, share[rows, scores.nearest], 0.0)
+
+
+def decided_on(
+  policy: Scores,
+  reference: Scores,
+  emoji: Sequence[emoji_lib.Emoji],
+  pairs: Sequence[pairs_lib.Pair],
+) -> Bool[np.ndarray, "p s"]:
+  """The comparisons that say something about the couples of `pairs`.
+
+  Those in which the two models drew the two emoji of such a couple, and, whatever the couple, those
+  in which one of the two models alone drew something that shows the prompt.
+  """
+  position = {each.character: i for i, each in enumerate(emoji)}
+  member = np.zeros((len(emoji), len(emoji)), bool)
+  for pair in pairs:
+    i, j = position[pair.winner.character], position[pair.loser.character]
+    member[i, j] = member[j, i] = True
+  both = policy.match & reference.match & member[policy.nearest, reference.nearest]
+  return both | (policy.match != reference.match)
 
 
 def compare(policy: Scores, reference: Scores) -> Float[np.ndarray, "p s"]:

@@ -1,6 +1,5 @@
 """Which of two emoji people chose, for every keyword both carry; splits that share no couple."""
 
-import collections
 import dataclasses
 import hashlib
 import math
@@ -10,7 +9,7 @@ from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 
 MIN_RATIO = 2.0  # the winner was used at least twice as often
 MIN_Z = 2.576  # two-sided 1 % point of the normal distribution; a filter, not a claim
-TEST_SHARE, VALIDATION_SHARE = 0.25, 0.10  # of the prompts
+TEST_SHARE, VALIDATION_SHARE = 0.20, 0.10  # of the couples
 SPLITS = ("train", "validation", "test")
 
 
@@ -63,46 +62,20 @@ def form_pairs(emoji: Sequence[emoji_lib.Emoji]) -> list[Pair]:
   return pairs
 
 
-def assign_prompts(pairs: Sequence[Pair]) -> dict[str, str]:
-  """Prompt -> split. Prompts in the order of their sha256: first test, then validation, train."""
-  prompts = sorted(
-    {pair.caption for pair in pairs}, key=lambda text: hashlib.sha256(text.encode()).hexdigest()
+def assign_couples(pairs: Sequence[Pair]) -> dict[str, str]:
+  """Couple -> split. Couples in the order of their sha256: first test, then validation, train."""
+  couples = sorted(
+    {pair.couple for pair in pairs}, key=lambda text: hashlib.sha256(text.encode()).hexdigest()
   )
-  tests = round(TEST_SHARE * len(prompts))
-  validations = round(VALIDATION_SHARE * len(prompts))
+  tests = round(TEST_SHARE * len(couples))
+  validations = round(VALIDATION_SHARE * len(couples))
   splits = ["test"] * tests + ["validation"] * validations
-  return {
-    prompt: split
-    for prompt, split in zip(
-      prompts, splits + ["train"] * (len(prompts) - len(splits)), strict=True
-    )
-  }
+  splits += ["train"] * (len(couples) - len(splits))
+  return dict(zip(couples, splits, strict=True))
 
 
 def split_pairs(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-  """Train, validation and test, disjoint by prompt and by couple.
-
-  A train pair whose couple occurs in validation or test under any prompt is left out, and so is a
-  validation pair whose couple occurs in test.
-  """
-  by_split = _group(pairs)
-  taken: set[str] = set()
-  kept = {}
-  for split in reversed(SPLITS):
-    kept[split] = [pair for pair in by_split[split] if pair.couple not in taken]
-    taken |= {pair.couple for pair in by_split[split]}
-  return {split: kept[split] for split in SPLITS}
-
-
-def count_dropped(pairs: Sequence[Pair]) -> dict[str, int]:
-  """Split -> pairs left out of it because their couple is held out elsewhere."""
-  by_split, kept = _group(pairs), split_pairs(pairs)
-  return {split: len(by_split[split]) - len(kept[split]) for split in SPLITS}
-
-
-def _group(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-  split_of = assign_prompts(pairs)
-  groups = collections.defaultdict(list)
-  for pair in pairs:
-    groups[split_of[pair.caption]].append(pair)
-  return {split: groups[split] for split in SPLITS}
+  """Train, validation and test, disjoint by couple: no held-out couple is trained on under any
+  prompt. Prompts are shared."""
+  split_of = assign_couples(pairs)
+  return {split: [pair for pair in pairs if split_of[pair.couple] == split] for split in SPLITS}
