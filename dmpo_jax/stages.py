@@ -4,10 +4,12 @@ A stage writes files and returns what the next one needs. `dmpo demo` skips a st
 are those of the last time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import pathlib
@@ -74,7 +76,8 @@ def prepare(
   """
   tfds.disable_progress_bar()
   builder = make_builder(config.data.dataset, data_dir / "tfds")
-  builder.download_and_prepare()
+  with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads; there are none
+    builder.download_and_prepare()
   encode_fn = jax.jit(functools.partial(base.encode, base.params["vae"]))
   total = sum(info.num_examples for info in builder.info.splits.values())
   with logs.progress(total, 0, "encoding pairs") as bar:

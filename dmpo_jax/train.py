@@ -93,7 +93,7 @@ def train(
     start = int(state.step)
     _announce(config, mesh, shapes, start, out)
     pending = collections.deque()
-    validation = {}
+    validation, alarm = {}, 0.0
     with (
       logs.MetricLog(out, start) as log,
       logs.progress(config.steps, start, f"training ({config.objective.method})") as bar,
@@ -114,7 +114,7 @@ def train(
         if validate and (last or done % config.validate_every == 0):
           validation = validate(state.params, frozen)
           record.update(validation)
-          _warn_if_worse(validation, done)
+          alarm = _warn_if_worse(validation, done, alarm)
         if last or done % config.log_every == 0 or record:
           _check_finite(*pending[-1], task)
           record.update(_mean_of(pending))
@@ -260,15 +260,19 @@ def _mean_of(pending) -> dict[str, float]:
   }
 
 
-def _warn_if_worse(validation: Mapping[str, float], step: int) -> None:
+def _warn_if_worse(validation: Mapping[str, float], step: int, alarm: float) -> float:
+  """Warns when the policy has become worse than the reference on winners, and again whenever that
+  has doubled since; returns the advantage last warned of (0: never)."""
   advantage = validation.get("validation/winner_advantage", 0.0)
-  if advantage < 0:
-    warnings.warn(
-      f"step {step}: the policy denoises the preferred images worse than the reference does "
-      f"(validation/winner_advantage {advantage:.2e}): the margin grows by pushing the "
-      "dispreferred images away. If it goes on falling, lower the learning rate or raise beta",
-      stacklevel=2,
-    )
+  if advantage >= 0 or advantage > 2 * alarm:
+    return alarm
+  warnings.warn(
+    f"step {step}: the policy denoises the preferred images worse than the reference does "
+    f"(validation/winner_advantage {advantage:.2e}): the margin grows by pushing the "
+    "dispreferred images away. If it goes on falling, lower the learning rate or raise beta",
+    stacklevel=2,
+  )
+  return advantage
 
 
 def _postfix(record: Mapping[str, float]) -> str:

@@ -187,9 +187,13 @@ def test_non_finite_loss_stops_with_the_records(tiny_base, tiny_data, tmp_path):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
-def test_warns_when_the_policy_gets_worse_on_winners():
-  with pytest.warns(UserWarning, match="denoises the preferred images worse than the reference"):
-    train._warn_if_worse({"validation/winner_advantage": -0.1}, 5)
+def test_warns_when_the_policy_gets_worse_on_winners_and_when_that_doubles(recwarn):
+  alarm, warned = 0.0, []
+  for step, advantage in enumerate((0.1, -0.1, -0.15, -0.3, -0.5)):
+    alarm = train._warn_if_worse({"validation/winner_advantage": advantage}, step, alarm)
+    warned.append(len(recwarn))
+  assert warned == [0, 1, 1, 2, 2]
+  assert "denoises the preferred images worse than the reference" in str(recwarn[0].message)
 
 
 def test_averaged_parameters_are_exported(tiny_base, tiny_data, tmp_path):
