@@ -114,6 +114,7 @@ def train(
         if validate and (last or done % config.validate_every == 0):
           validation = validate(state.params, frozen)
           record.update(validation)
+          _check_finite(done, {**metrics, **validation}, task)
           alarm = _warn_if_worse(validation, done, alarm)
         if last or done % config.log_every == 0 or record:
           _check_finite(*pending[-1], task)
@@ -242,8 +243,9 @@ def _make_validation(task: tasks.Task, mesh, root_key):
   return validate
 
 
-def _check_finite(step: int, metrics: Mapping[str, jax.Array], task: tasks.Task) -> None:
-  bad = [name for name in ("loss", "grad_norm") if not math.isfinite(float(metrics[name]))]
+def _check_finite(step: int, metrics: Mapping[str, jax.Array | float], task: tasks.Task) -> None:
+  checked = ("loss", "grad_norm", "validation/loss")
+  bad = [name for name in checked if not math.isfinite(float(metrics.get(name, 0.0)))]
   if bad:
     raise TrainingStopped(
       f"{' and '.join(bad)} not finite in step {step} (from step {step - 1} to {step}), records "
