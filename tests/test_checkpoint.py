@@ -50,13 +50,6 @@ def loss(params, frozen, batch):
   return batch * total, {}
 
 
-@pytest.fixture(autouse=True)
-def collect_garbage():
-  """What orbax leaves of a failed read is found in the test that made it, not in a later one."""
-  yield
-  gc.collect()
-
-
 OBJECTIVE = train_step.Objective(lambda batch, key: batch, loss)
 
 
@@ -425,9 +418,10 @@ LEFT_READS = "ignore::pytest.PytestUnraisableExceptionWarning"
 
 @pytest.fixture
 def left_reads():
-  """Waits until they have, so that no later test is blamed."""
+  """Waits until they have, and has them found here, so that no later test is blamed."""
   yield
   time.sleep(0.3)
+  gc.collect()
 
 
 def read_with_flip(folder, path, position, target):

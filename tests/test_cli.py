@@ -132,6 +132,7 @@ def test_base_with_an_unimplemented_field(capsys, broken, tmp_path):
   assert "field 'class_embed_type' is 'timestep', which is not implemented" in error
 
 
+@pytest.mark.slow
 def test_sample_writes_a_grid_and_single_images(capsys, tiny_base, tmp_path):
   prompts = tmp_path / "prompts.txt"
   prompts.write_text("love\n\nsad\n")
@@ -148,6 +149,7 @@ def test_sample_writes_a_grid_and_single_images(capsys, tiny_base, tmp_path):
   assert (out / "grid.png").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_sample_depends_on_the_seed_alone(tiny_base, tmp_path):
   grids = []
   for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -163,6 +165,7 @@ def test_sample_needs_prompts(capsys, tiny_base, tmp_path):
   assert "no prompts; give --prompt TEXT or --prompts FILE" in error
 
 
+@pytest.mark.slow
 def test_long_caption_is_truncated_with_a_counted_warning(tiny_base, tmp_path):
   arguments = ["sample", "--model", tiny_base, "--prompt", "love " * 100, "--prompt", "sad"]
   arguments += ["--out", tmp_path / "o", *tiny.overrides(tiny_base)]

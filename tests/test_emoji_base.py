@@ -52,6 +52,7 @@ def test_the_shipped_base_is_small_and_attributed(shipped):
   assert shipped.resolution == 32
 
 
+@pytest.mark.slow
 def test_its_autoencoder_reconstructs(shipped):
   real = evaluate.real_images(emoji_lib.load_emoji(160)[:16], shipped.resolution)
   decoded = np.asarray(emoji_base.reconstruct(shipped, jnp.asarray(real)))

@@ -22,7 +22,7 @@ def open_pipeline(folder):
   return pipeline
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("emoji", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["tiny", "emoji"])
 def exported(request, tiny_base, tmp_path_factory):
   """An export of the tiny base (random weights) and of the shipped one, its UNet a little moved."""
   base = base_lib.load_base(str(tiny_base) if request.param == "tiny" else request.param)
@@ -39,6 +39,7 @@ def _moved(tree, generator):
   return (tree * (1 + 0.01 * generator.standard_normal(tree.shape))).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_images(exported):
   folder, base = exported
   sampling = config_lib.SamplingConfig(steps=10, guidance_scale=3.0, images_per_prompt=1)
@@ -60,6 +61,7 @@ def test_diffusers_draws_the_same_images(exported):
   assert theirs.std() > 0.01
 
 
+@pytest.mark.slow
 def test_diffusers_predicts_the_same_noise(exported):
   folder, base = exported
   noise = evaluate.initial_noise(PROMPTS, 1, base.latent_shape, 1)[:, 0]

@@ -56,8 +56,8 @@ def max_difference(ours, judge):
   ("config", "height", "width"),
   [
     pytest.param(torch_models.UNET_SD1, 9, 7, id="sd1-odd"),
-    pytest.param(torch_models.UNET_SD2, 11, 13, id="sd2-odd"),
-    pytest.param(torch_models.UNET_OTHER, 8, 8, id="other-fields"),
+    pytest.param(torch_models.UNET_SD2, 11, 13, id="sd2-odd", marks=pytest.mark.slow),
+    pytest.param(torch_models.UNET_OTHER, 8, 8, id="other-fields", marks=pytest.mark.slow),
   ],
 )
 def test_unet_equals_diffusers(config, height, width):
@@ -102,6 +102,7 @@ def test_unet_gradients_equal_autograd():
   assert not gradients
 
 
+@pytest.mark.slow
 def test_unet_in_bfloat16_errs_no_more_than_diffusers_in_bfloat16():
   judge, ours, params = ported_unet(torch_models.UNET_SD1, jnp.bfloat16)
   latents, timesteps, prompt_embeds = unet_inputs(torch_models.UNET_SD1)
@@ -170,7 +171,7 @@ def test_timestep_embedding_by_hand():
   np.testing.assert_allclose(embedding, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 13, 31, 47, 64])
+@pytest.mark.parametrize("length", [1, 2, 5, 13, 47])
 def test_upsample_nearest_equals_torch(length):
   x = np.arange(2 * length * (length + 1), dtype=np.float32).reshape(2, length, length + 1, 1)
   # A UNet asks for twice the size, or one less where its input was odd.

@@ -41,13 +41,10 @@ def examples_of(task, batch):
   return jax.jit(task.objective.draw)(batch, jax.random.key(KEY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "compute, reference",
-  [
-    ("float32", "float32"),
-    pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
-    pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow),
-  ],
+  [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")],
 )
 def test_margins_at_step_0_are_exactly_zero(tiny_base, tiny_data, compute, reference):
   settings = {"precision.compute": compute, "precision.reference": reference}
@@ -61,6 +58,7 @@ def test_margins_at_step_0_are_exactly_zero(tiny_base, tiny_data, compute, refer
   assert float(metrics["grad_norm"]) > 0
 
 
+@pytest.mark.slow
 def test_a_changed_policy_has_a_margin(tiny_base, tiny_data):
   """Guards the test above: its zero is not that of a metric that is always zero."""
   config, base, task = make_task(tiny_base, tiny_data)
@@ -85,6 +83,7 @@ def test_winner_and_loser_share_timestep_and_noise(tiny_base, tiny_data):
   assert np.abs(metrics["winner_advantage"]).min() > 0
 
 
+@pytest.mark.slow
 def test_swapping_winner_and_loser_flips_the_margin(tiny_base, tiny_data):
   config, base, task = make_task(tiny_base, tiny_data)
   batch = batch_of(config, base, tiny_data)
@@ -108,12 +107,11 @@ def test_errors_equal_float64_numpy(tiny_base):
   timesteps = np.array([0, 400, 999])
   embeds = generator.standard_normal((3, 77, 16), np.float32)
   params = base.params["unet"]
-  inputs = (jnp.asarray(each) for each in (latents, noise, timesteps, embeds))
-  got = objectives.squared_errors(denoiser, params, *inputs)
+  errors = jax.jit(functools.partial(objectives.squared_errors, denoiser))
+  got = errors(params, latents, noise, timesteps, embeds)
   level = np.asarray(denoiser.alphas_cumprod, np.float64)[timesteps][:, None, None, None]
   noisy = np.sqrt(level) * latents + np.sqrt(1 - level) * noise
-  inputs = (jnp.asarray(noisy, jnp.float32), jnp.asarray(timesteps), jnp.asarray(embeds))
-  output = np.asarray(denoiser.unet(params, *inputs))
+  output = np.asarray(jax.jit(denoiser.unet)(params, np.float32(noisy), timesteps, embeds))
   expected = np.mean((noise.astype(np.float64) - output) ** 2, axis=(1, 2, 3))
   np.testing.assert_allclose(got, expected, rtol=2e-5)  # float32 input noise through the network
 
