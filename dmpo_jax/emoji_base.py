@@ -6,8 +6,8 @@ Every stage reuses what an earlier call left in the run folder, and each trainin
 import dataclasses
 import functools
 import json
+import os
 import pathlib
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from dmpo_jax import base as base_lib
 from dmpo_jax import config as config_lib
-from dmpo_jax import evaluate, export, tasks, train
+from dmpo_jax import evaluate, export, logs, tasks, train
 from dmpo_jax.data import tokenizer as tokenizer_lib
 from dmpo_jax.data.emoji_choice import captions, measure
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
@@ -55,7 +55,6 @@ def make_base(raw: Mapping[str, Any], out: pathlib.Path) -> pathlib.Path:
   base = base_lib.load_base(str(design), initial_seed=raw["seed"])
   images = evaluate.real_images(emoji, base.resolution)
 
-  started = time.monotonic()
   vae_params = train.train(
     runs["autoencoder"],
     tasks.autoencoder_task(runs["autoencoder"], base, images),
@@ -71,10 +70,10 @@ def make_base(raw: Mapping[str, Any], out: pathlib.Path) -> pathlib.Path:
     trained = train.train(runs[name], tasks.denoising_task(runs[name], base, source), out / name)
     trained = jax.tree.map(round_to_half, trained)
     base = dataclasses.replace(base, params={**trained, "vae": vae_params})
-  seconds = time.monotonic() - started
 
   quality = measure_base(base, emoji, runs["condition"])
-  card = base_card(raw, quality, seconds)
+  hours = sum(training_hours(out / name, run.batch_size) for name, run in runs.items())
+  card = base_card(raw, quality, hours)
   return export.export_folder(
     base, out / "base", trained=base.params, dtype="float16", card=card, replace=True
   )
@@ -161,9 +160,20 @@ def reconstruct(base: base_lib.Base, images):
   return base.decode(base.params["vae"], mean * base.vae.config.scaling_factor)
 
 
-def base_card(raw: Mapping[str, Any], quality: Mapping[str, Any], seconds: float) -> str:
+def training_hours(run: pathlib.Path, batch_size: int) -> float:
+  """Hours that a run's steps took by its own metrics; pauses between resumptions do not count."""
+  seconds, done = 0.0, 0
+  for record in logs.read(run):
+    if "train/pairs_per_second" in record:
+      seconds += (record["step"] - done) * batch_size / record["train/pairs_per_second"]
+      done = record["step"]
+  return seconds / 3600
+
+
+def base_card(raw: Mapping[str, Any], quality: Mapping[str, Any], hours: float) -> str:
   """README.md of the base: what it is, how it was made, how good it is."""
   sampling = raw["condition"]["sampling"]
+  hardware = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({os.cpu_count()} cores)"
   return f"""---
 license: cc-by-4.0
 library_name: diffusers
@@ -178,7 +188,8 @@ Stable Diffusion at a hundredth of its width, trained from scratch by dmpo_jax o
 
 Recipe: `dmpo base --config configs/emoji_base.py`, seed {raw["seed"]},
 {raw["autoencoder"]["steps"]} steps for the autoencoder, {raw["denoise"]["steps"]} for UNet and
-text encoder, {raw["condition"]["steps"]} more for both at noisy timesteps.
+text encoder, {raw["condition"]["steps"]} more for both at noisy timesteps;
+{hours:.1f} hours of training on {hardware}.
 
 Measured over {quality["samples"]} samples ({quality["prompts"]} prompts, every keyword that 2 to 24
 of the emoji share; DDIM, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}),

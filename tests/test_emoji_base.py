@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from dmpo_jax import base as base_lib
-from dmpo_jax import cli, emoji_base, evaluate
+from dmpo_jax import cli, emoji_base, evaluate, logs
 from dmpo_jax import config as config_lib
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 from dmpo_jax.data.emoji_choice import measure
@@ -38,6 +38,15 @@ def test_the_recipe_makes_a_base_and_goes_on_where_it_was(tmp_path):
   weights = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
   again = emoji_base.make_base(raw, tmp_path)
   assert (again / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def test_hours_are_those_of_the_steps(tmp_path):
+  with logs.MetricLog(tmp_path, 0) as log:
+    log.write(0, {"validation/loss": 1.0})
+    log.write(50, {"train/pairs_per_second": 2.0})
+    log.write(150, {"train/pairs_per_second": 1.0})
+  # 50 steps of 36 pairs at 2 pairs a second, 100 at 1.
+  assert emoji_base.training_hours(tmp_path, 36) == pytest.approx((900 + 3600) / 3600)
 
 
 @pytest.fixture(scope="module")
