@@ -10,8 +10,8 @@ VERSION = re.search(
   r'__version__ = "(.+)"', (ROOT / "dmpo_jax" / "__init__.py").read_text(encoding="utf-8")
 )[1]
 
-# Reads exported folders back and is the judge of the models; dmpo_jax itself never imports it.
-DIFFUSERS = ["torch>=2.4", "diffusers>=0.39", "transformers>=4.57"]
+# Reads exports back and is the judge of the models; only `dmpo export --check` imports it.
+DIFFUSERS = ["torch>=2.4", "diffusers>=0.39", "transformers>=4.57", "peft>=0.17"]
 
 setuptools.setup(
   name="dmpo_jax",
@@ -32,6 +32,7 @@ setuptools.setup(
     "etils>=1.9",
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
+    "huggingface_hub>=0.34",
     "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
     "jax>=0.10,<0.13",
     "jaxtyping>=0.3",
@@ -60,6 +61,7 @@ setuptools.setup(
       "torch==2.13.0",
       "diffusers>=0.39",
       "transformers>=4.57",
+      "peft>=0.17",  # with which diffusers reads LoRA files
       "beartype>=0.19",
       "pytest>=8",
       "ruff>=0.9,<1",

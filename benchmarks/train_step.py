@@ -31,7 +31,7 @@ def main():
     base.denoiser(), loss_fn, peak_weight=losses.peak_gradient_weight(loss_fn)
   )
   chain = optimizer.make_optimizer(config.optim, config.steps)
-  frozen = objectives.Frozen(base.params["unet"], base.params["text_encoder"])
+  frozen = objectives.Frozen(base.params["unet"], base.text_params)
   step = jax.jit(functools.partial(train_step.train_step, objective=objective, optimizer=chain))
   print(f"{jax.devices()[0].device_kind}, median of {REPEATS}")
   print(f"{'pairs':>6} {'ms/step':>9} {'pairs/s':>9} {'GFLOP/pair':>11} {'of 8 forward':>13}")
@@ -55,11 +55,12 @@ def main():
 
 def forward_flops(base) -> float:
   """Compiled FLOPs of one UNet forward pass on one image."""
-  size = 32
+  size, config = 32, base.unet.config
   noise = jnp.zeros((size, *base.latent_shape))
-  embeds = jnp.zeros((size, base.tokenizer.length, base.text_encoder.config.hidden_size))
-  apply = jax.jit(base.denoiser().unet)
-  lowered = apply.lower(base.params["unet"], noise, jnp.zeros(size, jnp.int32), embeds)
+  embeds = jnp.zeros((size, base.tokenizer.length, config.cross_attention_dim))
+  lowered = jax.jit(base.apply_unet).lower(
+    base.params["unet"], noise, jnp.zeros(size, jnp.int32), types.Conditions(embeds)
+  )
   return lowered.compile().cost_analysis()["flops"] / size
 
 

@@ -119,6 +119,14 @@ def _run(method, *, steps, batch_size, rate, kl_weight=None, ema=0.0, power=1.0)
       clip_norm=1.0,
       ema_decay=ema,
     ),
+    lora=dict(rank=0, alpha=None, targets=None),
     precision=dict(compute="float32", reference="float32"),
-    sampling=dict(steps=25, guidance_scale=7.5, images_per_prompt=4),
+    sampling=dict(
+      sampler=None,
+      steps=25,
+      guidance_scale=7.5,
+      guidance_rescale=0.0,
+      image_guidance_scale=None,
+      images_per_prompt=4,
+    ),
   )

@@ -51,12 +51,20 @@ def get_config():
   config.optim.clip_norm = 1.0
   config.optim.ema_decay = 0.0
 
+  config.lora = ml_collections.ConfigDict()
+  config.lora.rank = 0  # 0: all of the UNet is trained; else e.g. 16 ...
+  config.lora.alpha = config_dict.placeholder(float)  # ... with alpha 16 ...
+  config.lora.targets = config_dict.placeholder(str)  # ... and "to_q to_k to_v to_out.0"
+
   config.precision = ml_collections.ConfigDict()
   config.precision.compute = "float32"  # or bfloat16
   config.precision.reference = "float32"
 
   config.sampling = ml_collections.ConfigDict()
-  config.sampling.steps = 25  # DDIM
+  config.sampling.sampler = config_dict.placeholder(str)  # None: the base's own
+  config.sampling.steps = 25
   config.sampling.guidance_scale = 7.5  # Stable Diffusion 1.5's default
+  config.sampling.guidance_rescale = 0.0
+  config.sampling.image_guidance_scale = config_dict.placeholder(float)  # InstructPix2Pix
   config.sampling.images_per_prompt = 12
   return config

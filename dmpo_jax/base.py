@@ -1,35 +1,97 @@
-"""A Stable Diffusion folder in diffusers' layout: models, parameters, tokenizer, schedule."""
+"""A Stable Diffusion folder in diffusers' layout: models, parameters, tokenizers, schedule."""
 
 import dataclasses
 import hashlib
 import importlib.resources
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
-from dmpo_jax import diffusion, objectives, weights
+from dmpo_jax import diffusion, hub, lora, objectives, types, weights
 from dmpo_jax.data import tokenizer as tokenizer_lib
 from dmpo_jax.models import clip, init, unet, vae
 
 SHIPPED = {"emoji": "emoji_base"}  # name -> folder under assets/
-WEIGHTED = ("unet", "vae", "text_encoder")
+ENCODERS = {  # the pipelines of diffusers that we implement -> their text encoders
+  "StableDiffusionPipeline": ("text_encoder",),
+  "StableDiffusionInstructPix2PixPipeline": ("text_encoder",),
+  "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+}
+MODELS = {
+  "unet": (unet.read_config, unet.UNet2DConditionModel),
+  "vae": (vae.read_config, vae.AutoencoderKL),
+  "text_encoder": (clip.read_config, clip.CLIPTextModel),
+  "text_encoder_2": (clip.read_config, clip.CLIPTextModel),
+}
+# From scratch, the UNet starts as the identity on its residual streams and predicts zero.
+_ZERO = {"unet": ("conv2", "proj_out", "conv_out")}
+
+
+class Tokenizers:
+  """The tokenizers of all text encoders as one: captions -> ids [n, L], or [n, E, L] if several."""
+
+  def __init__(self, tokenizers: Sequence[tokenizer_lib.ClipTokenizer]):
+    self._tokenizers = tuple(tokenizers)
+    self.length = self._tokenizers[0].length
+
+  def __call__(self, captions: Sequence) -> Int[np.ndarray, "n *E L"]:
+    first = self._tokenizers[0]
+    ids = [first(captions)]
+    for other in self._tokenizers[1:]:
+      ids.append(other.encode(captions)[0])  # the first has warned of long captions
+    return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-  """What a base folder holds. `params` has one tree for each of unet, vae, text_encoder."""
+  """What a base folder holds.
+
+  Attributes:
+    pipeline: diffusers' class of it, see `ENCODERS`.
+    models: unet, vae, text_encoder and, for SDXL, text_encoder_2.
+    shapes: one parameter tree for each model, with shapes in place of values.
+    params: the same with values, numpy; of the parts that were asked for.
+    zero_negative: whether guidance without a negative prompt uses zeros in place of the empty
+      prompt's embedding (SDXL's `force_zeros_for_empty_prompt`).
+  """
 
   folder: pathlib.Path
-  unet: unet.UNet2DConditionModel
-  vae: vae.AutoencoderKL
-  text_encoder: clip.CLIPTextModel
-  tokenizer: tokenizer_lib.ClipTokenizer
+  pipeline: str
+  models: dict[str, Any]
+  tokenizer: Tokenizers
   schedule: diffusion.ScheduleConfig
+  shapes: dict[str, Any]
   params: dict[str, Any]
+  zero_negative: bool
+
+  @property
+  def unet(self) -> unet.UNet2DConditionModel:
+    return self.models["unet"]
+
+  @property
+  def vae(self) -> vae.AutoencoderKL:
+    return self.models["vae"]
+
+  @property
+  def encoders(self) -> tuple[str, ...]:
+    """Names of the text encoders."""
+    return ENCODERS[self.pipeline]
+
+  @property
+  def text_params(self) -> dict[str, Any]:
+    """Parameters of the text encoders by name."""
+    return {name: self.params[name] for name in self.encoders}
+
+  @property
+  def edits(self) -> bool:
+    """Whether the model edits a source image (InstructPix2Pix)."""
+    return self.unet.config.in_channels == 2 * self.vae.config.latent_channels
 
   @property
   def resolution(self) -> int:
@@ -43,21 +105,48 @@ class Base:
 
   def denoiser(self) -> objectives.Denoiser:
     """The functions that the objectives and samplers need."""
-
-    def apply_unet(params, latents, timesteps, prompt_embeds):
-      return self.unet.apply({"params": params}, latents, timesteps, prompt_embeds)
-
-    def apply_text(params, input_ids):
-      return self.text_encoder.apply({"params": params}, input_ids)
-
     return objectives.Denoiser(
-      apply_unet,
-      apply_text,
+      self.apply_unet,
+      self.embed,
       jnp.asarray(diffusion.alphas_cumprod(self.schedule)),
       self.schedule.prediction_type,
       self.vae.config.scaling_factor,
       self.unet.dtype,
     )
+
+  def apply_unet(self, params, latents, timesteps, conditions: types.Conditions):
+    """The UNet's prediction; source latents of an edit are further input channels."""
+    if conditions.image_latents is not None:
+      latents = jnp.concatenate([latents, conditions.image_latents], axis=-1)
+    params, context = lora.split_adapted(params)
+    with context:
+      return self.unet.apply(
+        {"params": params}, latents, timesteps, conditions.prompt_embeds, conditions.added
+      )
+
+  def embed(self, params, input_ids, time_ids=None) -> types.Conditions:
+    """Token ids [B, L] ([B, 2, L] for SDXL) -> what the UNet is told.
+
+    SDXL takes the penultimate states of both encoders and the pooled, projected state of the second
+    (arXiv 2307.01952, section 2.1); the others the last state.
+
+    Args:
+      params: of the text encoders, by name.
+      time_ids: see `types.AddedConditions`; the whole image at the base's resolution if None.
+    """
+
+    def run(name, ids):
+      return self.models[name].apply({"params": params[name]}, ids)
+
+    if len(self.encoders) == 1:
+      return types.Conditions(run(self.encoders[0], input_ids).last_hidden_state)
+    outputs = [run(name, input_ids[:, i]) for i, name in enumerate(self.encoders)]
+    if time_ids is None:
+      size = self.resolution
+      whole = jnp.array([size, size, 0, 0, size, size], jnp.float32)
+      time_ids = jnp.broadcast_to(whole, (len(input_ids), 6))
+    embeds = jnp.concatenate([each.penultimate_hidden_state for each in outputs], axis=-1)
+    return types.Conditions(embeds, types.AddedConditions(outputs[-1].text_embeds, time_ids))
 
   def encode(self, params, images):
     """Images [B, H, W, 3] in [-1, 1] -> moments [B, h, w, 2c]."""
@@ -69,31 +158,51 @@ class Base:
     return jnp.clip(self.vae.apply({"params": params}, unscaled, method="decode"), -1.0, 1.0)
 
   def data_fingerprint(self) -> str:
-    """Identifies what encoded data depends on: the VAE, the tokenizer and the resolution."""
+    """Identifies what encoded data depends on: the VAE, the tokenizers and the resolution."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(str(self.resolution).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(self.params["vae"]):
       digest.update(jax.tree_util.keystr(path).encode())
       digest.update(np.ascontiguousarray(leaf).tobytes())
-    for name in ("vocab.json", "merges.txt"):
-      digest.update((self.folder / "tokenizer" / name).read_bytes())
+    for name in self.encoders:
+      files = [self.folder / tokenizer_folder(name) / file for file in ("vocab.json", "merges.txt")]
+      if not all(file.exists() for file in files):
+        files = [self.folder / tokenizer_folder(name) / "tokenizer.json"]
+      for file in files:
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
+def tokenizer_folder(encoder: str) -> str:
+  """The folder of a text encoder's tokenizer.
+
+  >>> tokenizer_folder("text_encoder_2")
+  'tokenizer_2'
+  """
+  return encoder.replace("text_encoder", "tokenizer")
+
+
 def resolve(name: str) -> pathlib.Path:
-  """`emoji` -> the shipped base; anything else is a folder on disk.
+  """`emoji` -> the shipped base; else a folder on disk; else a repository of the Hugging Face hub.
 
   Raises:
-    ValueError: there is no such folder, or it is not a diffusers folder.
+    ValueError: there is none of these, or it is not a diffusers folder.
   """
   if name in SHIPPED:
     folder = pathlib.Path(str(importlib.resources.files("dmpo_jax") / "assets" / SHIPPED[name]))
   else:
     folder = pathlib.Path(name)
+    if folder.is_file():
+      raise ValueError(
+        f"base {name!r} is a single file; make a folder of it first: "
+        f"dmpo import --file {name} --out FOLDER"
+      )
+    if not folder.exists() and hub.is_repository(name):
+      folder = hub.download(name)
   if not (folder / "model_index.json").is_file():
     raise ValueError(
       f"base {name!r}: {folder / 'model_index.json'} does not exist; expected a folder in "
-      f"diffusers' layout, or one of: {', '.join(SHIPPED)}"
+      f"diffusers' layout, a hub id (owner/name), or one of: {', '.join(SHIPPED)}"
     )
   return folder
 
@@ -115,69 +224,118 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def load_base(name: str, *, compute: str = "float32", initial_seed: int | None = None) -> Base:
+def load_base(
+  name: str,
+  *,
+  compute: str = "float32",
+  initial_seed: int | None = None,
+  parts: Sequence[str] | None = None,
+) -> Base:
   """Reads a base folder.
 
   Args:
     name: see `resolve`.
-    compute: type of activations in UNet and text encoder; the VAE computes in float32.
+    compute: type of activations in UNet and text encoders; the VAE computes in float32.
     initial_seed: if given, parameters are drawn afresh instead of read: training from scratch.
+    parts: whose parameters are wanted; all if None.
 
   Raises:
     ValueError: a file is missing, a field is not implemented, a tensor is missing or misshapen.
   """
   folder = resolve(name)
-  dtype = jnp.dtype(compute)
-  configs = {part: read_json(folder / part / "config.json") for part in WEIGHTED}
-  unet_model = unet.UNet2DConditionModel(
-    unet.read_config(configs["unet"], str(folder / "unet" / "config.json")), dtype
+  index = read_json(folder / "model_index.json")
+  pipeline = index.get("_class_name")
+  if pipeline not in ENCODERS:
+    raise ValueError(
+      f"{folder / 'model_index.json'}: _class_name is {pipeline!r}; expected one of "
+      f"{', '.join(ENCODERS)}"
+    )
+  models = {}
+  for part in ("unet", "vae", *ENCODERS[pipeline]):
+    path = folder / part / "config.json"
+    read_config, model = MODELS[part]
+    dtype = jnp.float32 if part == "vae" else jnp.dtype(compute)
+    models[part] = model(read_config(read_json(path), str(path)), dtype)
+  _check_widths(folder, pipeline, models)
+  tokenizer = Tokenizers(
+    [tokenizer_lib.load_tokenizer(folder / tokenizer_folder(each)) for each in ENCODERS[pipeline]]
   )
-  vae_model = vae.AutoencoderKL(
-    vae.read_config(configs["vae"], str(folder / "vae" / "config.json"))
-  )
-  text_model = clip.CLIPTextModel(
-    clip.read_config(configs["text_encoder"], str(folder / "text_encoder" / "config.json")), dtype
-  )
-  _check_widths(folder, unet_model.config, vae_model.config, text_model.config)
-  tokenizer = tokenizer_lib.load_tokenizer(folder / "tokenizer")
-  size, channels = unet_model.config.sample_size, unet_model.config.in_channels
-  ids = jax.ShapeDtypeStruct((1, tokenizer.length), jnp.int32)
-  inputs = {
-    "unet": (
-      jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32),
-      jax.ShapeDtypeStruct((1,), jnp.int32),
-      jax.ShapeDtypeStruct((1, 8, unet_model.config.cross_attention_dim), jnp.float32),
-    ),
-    "vae": (jax.ShapeDtypeStruct((1, 8 * 8, 8 * 8, vae_model.config.in_channels), jnp.float32),),
-    "text_encoder": (ids,),
-  }
-  models = {"unet": unet_model, "vae": vae_model, "text_encoder": text_model}
+  inputs = _example_inputs(models, tokenizer.length)
+  parts = tuple(models) if parts is None else parts
+  shapes = {part: init.param_shapes(model, *inputs[part]) for part, model in models.items()}
   if initial_seed is None:
-    params = {
-      part: weights.load_params(folder / part, init.param_shapes(model, *inputs[part]))
-      for part, model in models.items()
-    }
+    params = {part: weights.load_params(folder / part, shapes[part]) for part in parts}
   else:
     params = {
-      part: init.initial_params(model, initial_seed, *inputs[part], zero=_ZERO[part])
-      for part, model in models.items()
+      part: init.initial_params(models[part], initial_seed, *inputs[part], zero=_ZERO.get(part, ()))
+      for part in parts
     }
-  schedule = diffusion.read_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-  return Base(folder, unet_model, vae_model, text_model, tokenizer, schedule, params)
+  return Base(
+    folder,
+    pipeline,
+    models,
+    tokenizer,
+    diffusion.read_config(read_json(folder / "scheduler" / "scheduler_config.json")),
+    shapes,
+    params,
+    bool(index.get("force_zeros_for_empty_prompt", False)),
+  )
 
 
-# From scratch, the UNet starts as the identity on its residual streams and predicts zero.
-_ZERO = {"unet": ("conv2", "proj_out", "conv_out"), "vae": (), "text_encoder": ()}
+def _example_inputs(models, length: int) -> dict[str, tuple]:
+  """Inputs that give every parameter its shape."""
+
+  def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  config, vae_config = models["unet"].config, models["vae"].config
+  side = 2 ** (len(config.block_out_channels) - 1)
+  added = None
+  if config.addition_embed_type is not None:
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    added = types.AddedConditions(floats(1, width), floats(1, 6))
+  inputs = {
+    "unet": (
+      floats(1, side, side, config.in_channels),
+      jax.ShapeDtypeStruct((1,), jnp.int32),
+      floats(1, 8, config.cross_attention_dim),
+      added,
+    ),
+    "vae": (floats(1, vae_config.downscale, vae_config.downscale, vae_config.in_channels),),
+  }
+  ids = (jax.ShapeDtypeStruct((1, length), jnp.int32),)
+  return inputs | {name: ids for name in models if name not in inputs}
 
 
-def _check_widths(folder, unet_config, vae_config, text_config):
-  if unet_config.in_channels != vae_config.latent_channels:
+def _check_widths(folder: pathlib.Path, pipeline: str, models) -> None:
+  """Refuses parts that do not fit each other."""
+  config, latent = models["unet"].config, models["vae"].config.latent_channels
+  inputs = latent * (2 if pipeline == "StableDiffusionInstructPix2PixPipeline" else 1)
+  if config.in_channels != inputs:
     raise ValueError(
-      f"{folder}: unet in_channels {unet_config.in_channels} differs from vae latent_channels "
-      f"{vae_config.latent_channels}"
+      f"{folder}: unet in_channels is {config.in_channels}; expected {inputs} for a {pipeline} "
+      f"whose vae latent_channels are {latent}"
     )
-  if unet_config.cross_attention_dim != text_config.hidden_size:
+  names = ENCODERS[pipeline]
+  width = sum(models[name].config.hidden_size for name in names)
+  if config.cross_attention_dim != width:
     raise ValueError(
-      f"{folder}: unet cross_attention_dim {unet_config.cross_attention_dim} differs from "
-      f"text_encoder hidden_size {text_config.hidden_size}"
+      f"{folder}: unet cross_attention_dim {config.cross_attention_dim} differs from "
+      f"{' + '.join(names)} hidden_size {width}"
     )
+  needs_added = len(names) > 1
+  if (config.addition_embed_type is not None) != needs_added:
+    raise ValueError(
+      f"{folder}: unet addition_embed_type is {config.addition_embed_type!r}; expected "
+      f"{'text_time' if needs_added else None!r} for a {pipeline}"
+    )
+  if needs_added:
+    last = models[names[-1]].config
+    pooled = last.hidden_size if last.projection_dim is None else last.projection_dim
+    expected = pooled + 6 * config.addition_time_embed_dim
+    if config.projection_class_embeddings_input_dim != expected:
+      raise ValueError(
+        f"{folder}: unet projection_class_embeddings_input_dim is "
+        f"{config.projection_class_embeddings_input_dim}; expected {expected}: {names[-1]}'s "
+        f"{pooled} and 6 sizes of addition_time_embed_dim {config.addition_time_embed_dim}"
+      )

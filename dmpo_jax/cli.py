@@ -1,4 +1,4 @@
-"""The command `dmpo`: demo, prepare, train, sample, evaluate, export, base.
+"""The command `dmpo`: demo, prepare, train, sample, evaluate, export, import, base.
 
 Every field of a configuration can be set on the command line: `--config.optim.learning_rate=1e-5`.
 """
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   try:
     options.handler(options, overrides, "dmpo " + shlex.join(argv))
-  except ValueError as error:
+  except (ValueError, OSError) as error:  # OSError: a full disk, for instance
     print(f"dmpo {options.command}: error: {error}", file=sys.stderr)
     return 2
   except train.TrainingStopped as error:
@@ -67,9 +67,11 @@ def make_parser() -> argparse.ArgumentParser:
   sample = add("sample", run_sample, "images from a base folder, an export or a run")
   sample.add_argument("--model", help="folder in diffusers' layout (default: the config's base)")
   folder(sample, "--run", "folder of a training run, in place of --model", required=False)
+  folder(sample, "--lora", "LoRA file (.safetensors) to add to the model", required=False)
   sample.add_argument("--prompt", action="append", default=[], help="may be repeated")
   folder(sample, "--prompts", "file with one prompt a line", required=False)
-  sample.add_argument("--negative-prompt", default="", help="for guidance (default: empty)")
+  sample.add_argument("--negative-prompt", help="for guidance (default: what the model has for it)")
+  folder(sample, "--image", "picture to edit, for a model that edits", required=False)
   sample.add_argument("--seed", type=int, default=0)
   folder(sample, "--out", "folder for grid.png and the single images")
 
@@ -78,12 +80,31 @@ def make_parser() -> argparse.ArgumentParser:
   folder(evaluate, "--out", "folder for evaluation.json and the samples")
   evaluate.add_argument("--split", choices=("validation", "test"), default="test")
 
-  export = add("export", run_export, "write a trained run as a diffusers folder")
+  export = add("export", run_export, "write a trained run as a diffusers folder, file or LoRA")
   folder(export, "--run", "folder of the training run")
-  folder(export, "--out", "the folder to write")
+  folder(export, "--out", "the folder, or the .safetensors file, to write")
+  export.add_argument(
+    "--layout",
+    choices=("folder", "single-file", "lora", "lora-kohya"),
+    default="folder",
+    help="diffusers folder; one file in the original layout; the low-rank delta alone",
+  )
+  export.add_argument(
+    "--check", action="store_true", help="load it in diffusers and compare (extra: diffusers)"
+  )
   folder(export, "--evaluation", "evaluation.json, for the model card", required=False)
   export.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
   export.add_argument("--replace", action="store_true", help="write an earlier export anew")
+
+  importer = add("import", run_import, "make a diffusers folder of a single-file checkpoint")
+  folder(importer, "--file", "the .safetensors file")
+  folder(importer, "--tokenizer", "folder with vocab.json and merges.txt of CLIP")
+  importer.add_argument(
+    "--prediction-type",
+    choices=("epsilon", "v_prediction"),
+    help="of Stable Diffusion 2.x, whose file does not say: epsilon for 2.x-base, else v",
+  )
+  folder(importer, "--out", "the folder to write")
 
   base = add("base", run_base, "train the shipped base from scratch (hours)", BASE_CONFIG)
   folder(base, "--out", "folder for the recipe's runs and the base")
@@ -219,7 +240,9 @@ def run_sample(options, overrides, command) -> None:
     model=options.model,
     run=options.run,
     prompts=prompts,
+    lora_file=options.lora,
     negative_prompt=options.negative_prompt,
+    image=options.image,
     seed=options.seed,
     out=options.out,
   )
@@ -239,16 +262,34 @@ def run_evaluate(options, overrides, command) -> None:
 def run_export(options, overrides, command) -> None:
   """`dmpo export`."""
   del command
-  from dmpo_jax import stages
+  from dmpo_jax import check_export, stages
 
   if overrides:
     raise ValueError(f"export takes the configuration of --run; {overrides[0]} has no effect")
-  folder = stages.export_run(
+  if options.check:
+    check_export.check_installed()
+  path = stages.export_run(
     options.run,
     options.out,
+    layout=options.layout,
     evaluation=options.evaluation,
     dtype=options.dtype,
     replace=options.replace,
+  )
+  print(f"model: {path}")
+  if options.check:
+    print(check_export.check_run(options.run, path, options.layout))
+
+
+def run_import(options, overrides, command) -> None:
+  """`dmpo import`."""
+  del command
+  from dmpo_jax import import_file
+
+  if overrides:
+    raise ValueError(f"import reads no configuration; {overrides[0]} has no effect")
+  folder = import_file.import_checkpoint(
+    options.file, options.out, tokenizer=options.tokenizer, prediction_type=options.prediction_type
   )
   print(f"model: {folder}")
 

@@ -116,6 +116,36 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adaptation of the UNet in place of training all of it.
+
+  Attributes:
+    rank: 0 trains all parameters; alpha and targets must then be None.
+    alpha: the delta is scaled by alpha / rank.
+    targets: module names with spaces between, matched from the end: "to_q to_k to_v to_out.0".
+  """
+
+  rank: int
+  alpha: float | None
+  targets: str | None
+
+  def __post_init__(self):
+    if self.rank < 0:
+      raise ValueError(f"lora.rank: expected at least 0 (0 trains all of it), got {self.rank}")
+    for name in ("alpha", "targets"):
+      value = getattr(self, name)
+      if self.rank > 0 and not value:
+        raise ValueError(f"lora.{name}: rank {self.rank} needs it; expected a value, got {value!r}")
+      if self.rank == 0 and value is not None:
+        raise ValueError(
+          f"lora.{name}: rank 0 trains all parameters and does not read it; expected None, got "
+          f"{value!r}"
+        )
+    if self.rank > 0:
+      _check_positive("lora.alpha", self.alpha)
+
+
+@dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
   """Attributes:
   compute: type of activations; parameters, errors and losses are float32 always.
@@ -137,13 +167,27 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How images are made in evaluation: DDIM steps, guidance scale, images per prompt."""
+  """How images are made.
 
+  Attributes:
+    sampler: see `sample.SAMPLERS`; None: the one that the base's scheduler_config.json names.
+    guidance_rescale: share of the guided prediction's deviation that is set back to the
+      conditional one's, [0, 1] (Lin et al., arXiv 2305.08891, section 3.4).
+    image_guidance_scale: of edits (Brooks et al., arXiv 2211.09800, eq. 3); others do not read it.
+  """
+
+  sampler: str | None
   steps: int
   guidance_scale: float
+  guidance_rescale: float
+  image_guidance_scale: float | None
   images_per_prompt: int
 
   def __post_init__(self):
+    if not 0 <= self.guidance_rescale <= 1:
+      raise ValueError(f"sampling.guidance_rescale: expected [0, 1], got {self.guidance_rescale}")
+    if self.image_guidance_scale is not None:
+      _check_positive("sampling.image_guidance_scale", self.image_guidance_scale)
     _check_positive("sampling.steps", self.steps)
     _check_positive("sampling.images_per_prompt", self.images_per_prompt)
     if not (self.guidance_scale >= 1 and math.isfinite(self.guidance_scale)):
@@ -179,6 +223,7 @@ class Config:
   objective: ObjectiveConfig
   data: DataConfig
   optim: OptimConfig
+  lora: LoraConfig
   precision: PrecisionConfig
   sampling: SamplingConfig
 

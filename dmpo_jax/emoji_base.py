@@ -124,7 +124,7 @@ def with_scaling(
   write_json(folder / "vae" / "config.json", {**raw, "scaling_factor": config.scaling_factor})
   return dataclasses.replace(
     base,
-    vae=vae_lib.AutoencoderKL(config, base.vae.dtype),
+    models={**base.models, "vae": vae_lib.AutoencoderKL(config, base.vae.dtype)},
     params={**base.params, "vae": vae_params},
   )
 

@@ -1,6 +1,7 @@
 """Paired comparison of a policy with its reference: same prompts, same seeds, same sampler."""
 
 import functools
+import hashlib
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt32
 
 from dmpo_jax import base as base_lib
 from dmpo_jax import config as config_lib
@@ -17,8 +18,10 @@ from dmpo_jax import logs, sample, sharding, train_step
 from dmpo_jax.data import images as images_lib
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 from dmpo_jax.data.emoji_choice import measure
+from dmpo_jax.models import vae
 
 BATCH_PER_DEVICE = 64
+POSITIONS_PER_DEVICE = 2**14  # of latents: 4 images of 64 x 64, 1 of 128 x 128
 BOOTSTRAP_DRAWS = 2000
 
 
@@ -76,52 +79,81 @@ def initial_noise(
 
 
 def make_sampler(
-  base: base_lib.Base, config: config_lib.SamplingConfig, *, negative_prompt: str = ""
+  base: base_lib.Base, config: config_lib.SamplingConfig, *, negative_prompt: str | None = None
 ) -> Callable[..., Float[np.ndarray, "n H W 3"]]:
   """A function (unet_params, text_params, prompts [n], noise [n, h, w, c]) -> images in [-1, 1].
 
   It works in batches of one size over all devices, so that it compiles once.
+
+  Args:
+    negative_prompt: for guidance; None is the empty prompt, or what the base has in its place.
+
+  Raises:
+    ValueError: a sampler or a number of steps that the base's schedule does not allow.
   """
   mesh = sharding.make_mesh()
-  size = BATCH_PER_DEVICE * mesh.size
-  steps = sample.ddim_steps(base.schedule, config.steps)
+  plan = sample.make_plan(base.schedule, config.steps, config.sampler)
   denoiser, vae_params = base.denoiser(), base.params["vae"]
-  negative_ids = base.tokenizer([negative_prompt])
-
+  negative_ids = base.tokenizer([negative_prompt or ""])
+  zero = negative_prompt is None and base.zero_negative
+  largest = max(1, min(BATCH_PER_DEVICE, POSITIONS_PER_DEVICE // math.prod(base.latent_shape[:2])))
   rows = sharding.batch_sharding(mesh)
 
-  @functools.partial(jax.jit, in_shardings=(None, None, None, rows, rows), out_shardings=rows)
-  def generate(unet_params, text_params, vae_params, input_ids, noise):
-    embeds = denoiser.text_encoder(text_params, jnp.concatenate([input_ids, negative_ids]))
-    negative = jnp.broadcast_to(embeds[-1:], (len(input_ids), *embeds.shape[1:]))
-    latents = sample.ddim_sample(
+  @functools.partial(jax.jit, in_shardings=(None, None, None, rows), out_shardings=rows)
+  def generate(unet_params, text_params, vae_params, batch):
+    input_ids, noise, keys, sources = batch
+    both = denoiser.embed(text_params, jnp.concatenate([input_ids, negative_ids]))
+    conditions = jax.tree.map(lambda x: x[:-1], both)
+    negative = jax.tree.map(lambda x: jnp.broadcast_to(x[-1:], (len(noise), *x.shape[1:])), both)
+    if zero:
+      negative = negative._replace(
+        prompt_embeds=jnp.zeros_like(negative.prompt_embeds),
+        added=negative.added._replace(text_embeds=jnp.zeros_like(negative.added.text_embeds)),
+      )
+    if sources is not None:
+      image_latents, _ = vae.split_moments(base.encode(vae_params, sources))
+      conditions = conditions._replace(image_latents=image_latents)
+      negative = negative._replace(image_latents=image_latents)
+    latents = sample.sample_latents(
       denoiser,
       unet_params,
       noise,
-      embeds[:-1],
+      conditions,
       negative,
-      steps=steps,
+      plan=plan,
       guidance_scale=config.guidance_scale,
+      guidance_rescale=config.guidance_rescale,
+      image_guidance_scale=config.image_guidance_scale if base.edits else None,
+      key=jax.random.wrap_key_data(keys),
     )
     return base.decode(vae_params, latents)
 
-  def run(unet_params, text_params, prompts, noise, title="sampling"):
+  def run(unet_params, text_params, prompts, noise, title="sampling", sources=None):
+    if (sources is not None) != base.edits:
+      expected = "one for each prompt" if base.edits else "none: this base does not edit images"
+      raise ValueError(f"source images: expected {expected}")
     replicated = sharding.replicated(mesh)
     params = [jax.device_put(p, replicated) for p in (unet_params, text_params, vae_params)]
-    input_ids = base.tokenizer(list(prompts))
+    whole = (base.tokenizer(list(prompts)), noise, noise_keys(noise), sources)
+    count = len(prompts)
+    size = mesh.size * min(largest, -(-count // mesh.size))
     images = []
-    with logs.progress(len(input_ids), 0, title) as bar:
-      for start in range(0, len(input_ids), size):
-        ids, x = input_ids[start : start + size], noise[start : start + size]
-        padding = [(0, size - len(ids))]
-        ids = np.pad(ids, padding + [(0, 0)], mode="edge")
-        x = np.pad(x, padding + [(0, 0)] * 3)
-        batch = sharding.put_batch((ids, x), mesh)
-        images.append(np.asarray(generate(*params, *batch))[: len(input_ids) - start])
+    with logs.progress(count, 0, title) as bar:
+      for start in range(0, count, size):
+        part = jax.tree.map(lambda x, start=start: x[start : start + size], whole)
+        part = jax.tree.map(lambda x: np.resize(x, (size, *x.shape[1:])), part)  # repeats to fill
+        batch = sharding.put_batch(part, mesh)
+        images.append(np.asarray(generate(*params, batch))[: count - start])
         bar.update(len(images[-1]))
     return np.concatenate(images)
 
   return run
+
+
+def noise_keys(noise: Float[np.ndarray, "n h w c"]) -> UInt32[np.ndarray, "n 2"]:
+  """Key data for each image's further noise (ancestral sampling), a function of its first noise."""
+  digests = (hashlib.blake2b(each.tobytes(), digest_size=8).digest() for each in noise)
+  return np.stack([np.frombuffer(digest, np.uint32) for digest in digests])
 
 
 class Comparison(NamedTuple):
@@ -140,14 +172,23 @@ def real_images(emoji: Sequence[emoji_lib.Emoji], resolution: int) -> np.ndarray
 
 
 def sample_prompts(
-  sampler, base, unet_params, prompts, images_per_prompt: int, *, seed: int, title: str
+  sampler,
+  base,
+  unet_params,
+  prompts,
+  images_per_prompt: int,
+  *,
+  seed: int,
+  title: str,
+  sources: Float[np.ndarray, "p H W 3"] | None = None,
 ) -> Float[np.ndarray, "p s H W 3"]:
-  """`images_per_prompt` images of every prompt."""
+  """`images_per_prompt` images of every prompt; of its source image, where the base edits."""
   noise = initial_noise(prompts, images_per_prompt, base.latent_shape, seed)
   repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-  flat = sampler(
-    unet_params, base.params["text_encoder"], repeated, noise.reshape(-1, *base.latent_shape), title
-  )
+  if sources is not None:
+    sources = sources.repeat(images_per_prompt, axis=0)
+  noise = noise.reshape(-1, *base.latent_shape)
+  flat = sampler(unet_params, base.text_params, repeated, noise, title, sources)
   return flat.reshape(len(prompts), images_per_prompt, *flat.shape[1:])
 
 

@@ -1,4 +1,4 @@
-"""A trained model -> a folder in diffusers' layout that today's diffusers opens."""
+"""A trained model -> a folder in diffusers' layout, a single-file checkpoint, or a LoRA file."""
 
 import json
 import os
@@ -8,15 +8,18 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from dmpo_jax import base as base_lib
-from dmpo_jax import weights
+import numpy as np
 
-WEIGHT_FILES = {
+from dmpo_jax import base as base_lib
+from dmpo_jax import lora, lora_files, safetensors_io, single_file, weights
+
+WEIGHT_FILES = {  # other parts are transformers' and save as model.safetensors
   "unet": "diffusion_pytorch_model.safetensors",
   "vae": "diffusion_pytorch_model.safetensors",
-  "text_encoder": "model.safetensors",
 }
-COPIED = ("tokenizer", "scheduler")
+MODEL_FILE = "model.safetensors"
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # diffusers runs without them
+LAYOUTS = ("folder", "single-file", "lora", "lora-kohya")
 
 
 def export_folder(
@@ -28,13 +31,14 @@ def export_folder(
   card: str,
   replace: bool = False,
 ) -> pathlib.Path:
-  """Writes `base` with the parts in `trained` replaced.
+  """Writes `base` with the parts in `trained` replaced, tensor by tensor.
 
-  Configurations, tokenizer, scheduler and untrained weights are copied as they are. The folder is
-  made beside its place and renamed, so it is whole or absent.
+  Configurations, tokenizers, scheduler and untrained tensors are copied as they are, and what else
+  the pipeline has (a feature extractor, a safety checker) where the base folder holds it. The
+  folder is made beside its place and renamed, so it is whole or absent.
 
   Args:
-    trained: part (unet, vae, text_encoder) -> parameters.
+    trained: part (unet, vae, text_encoder, text_encoder_2) -> parameters.
     dtype: of the trained parts' tensors: float32, float16 or bfloat16.
     card: text of README.md, a Hugging Face model card.
     replace: whether an earlier export at `folder` may be replaced.
@@ -66,19 +70,105 @@ def export_folder(
 
 
 def _write(base, folder, trained, dtype, card):
-  shutil.copyfile(base.folder / "model_index.json", folder / "model_index.json")
-  for name in COPIED:
-    shutil.copytree(base.folder / name, folder / name)
-  for part, file in WEIGHT_FILES.items():
+  index = base_lib.read_json(base.folder / "model_index.json")
+  for name, value in index.items():
+    if not isinstance(value, list) or name in base.models or value == [None, None]:
+      continue
+    if (base.folder / name).is_dir():
+      shutil.copytree(base.folder / name, folder / name, ignore=_pickles)
+    elif name in OPTIONAL:
+      index[name] = [None, None]
+    else:
+      raise ValueError(f"{base.folder / name}: missing, but model_index.json names it")
+  if index.get("safety_checker") == [None, None]:
+    index["requires_safety_checker"] = False
+  write_json(folder / "model_index.json", index)
+  for part, tensors in _parts(base, trained).items():
     (folder / part).mkdir()
     shutil.copyfile(base.folder / part / "config.json", folder / part / "config.json")
-    if part in trained:
-      tensors = weights.to_diffusers(trained[part])
-      weights.save_safetensors(folder / part / file, tensors, dtype)
-    else:
-      for source in (base.folder / part).glob("*.safetensors*"):
-        shutil.copyfile(source, folder / part / source.name)
+    safetensors_io.save_safetensors(
+      folder / part / WEIGHT_FILES.get(part, MODEL_FILE),
+      tensors,
+      dtype if part in trained else None,
+      max_shard_bytes=safetensors_io.DIFFUSERS_SHARD_BYTES,
+    )
   (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _parts(base: base_lib.Base, trained: Mapping[str, Any]) -> dict[str, Mapping]:
+  """Tensors of every part under diffusers' names; read or laid out one by one."""
+  return {
+    part: weights.to_diffusers(trained[part])
+    if part in trained
+    else safetensors_io.load_safetensors(base.folder / part)
+    for part in base.models
+  }
+
+
+def _pickles(folder: str, names: list[str]) -> list[str]:
+  return [name for name in names if pathlib.Path(name).suffix in safetensors_io.PICKLES]
+
+
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def export_single_file(
+  base: base_lib.Base,
+  path: pathlib.Path,
+  *,
+  trained: Mapping[str, Any],
+  dtype: str = "float32",
+  replace: bool = False,
+) -> pathlib.Path:
+  """Writes `base` with the parts in `trained` replaced as one file in the original key layout.
+
+  Raises:
+    ValueError: `path` exists and `replace` is not given, or is no .safetensors file.
+  """
+  _check_file(path, replace)
+  tensors = single_file.join_checkpoint(_parts(base, trained), single_file_kind(base))
+  safetensors_io.save_safetensors(path, tensors, dtype)
+  return path
+
+
+def single_file_kind(base: base_lib.Base) -> str:
+  """Which of `single_file`'s layouts a base has."""
+  if len(base.encoders) == 2:
+    return "sdxl"
+  if base.edits:
+    return "pix2pix"
+  return "sd2" if base.unet.config.use_linear_projection else "sd1"
+
+
+def export_lora(
+  adapter: lora.Adapter,
+  path: pathlib.Path,
+  *,
+  style: str,
+  dtype: str = "float32",
+  replace: bool = False,
+) -> pathlib.Path:
+  """Writes a low-rank delta as a LoRA file: `style` peft (diffusers) or kohya.
+
+  Raises:
+    ValueError: `path` exists and `replace` is not given, or is no .safetensors file.
+  """
+  _check_file(path, replace)
+  modules = {
+    name: lora_files.LoraPair(np.asarray(pair["down"]), np.asarray(pair["up"]))
+    for name, pair in adapter.delta.items()
+  }
+  alphas = {name: float(adapter.scale) * pair.down.shape[-1] for name, pair in modules.items()}
+  lora_files.write_lora(path, lora_files.LoraFile(modules, alphas), style=style, dtype=dtype)
+  return path
+
+
+def _check_file(path: pathlib.Path, replace: bool) -> None:
+  if path.suffix != ".safetensors":
+    raise ValueError(f"{path}: expected a name that ends in .safetensors")
+  if path.exists() and not replace:
+    raise ValueError(f"{path} exists; give another name, or --replace to write it anew")
 
 
 def model_card(
@@ -121,7 +211,7 @@ Text-to-image model in diffusers' layout, fine-tuned by dmpo_jax from `{base}` w
 
 ```python
 import diffusers
-pipeline = diffusers.StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline = diffusers.DiffusionPipeline.from_pretrained("path/to/this/folder")
 image = pipeline("{{prompt}}", num_inference_steps={config["sampling"]["steps"]},
                  guidance_scale={config["sampling"]["guidance_scale"]},
                  height=SIZE, width=SIZE).images[0]

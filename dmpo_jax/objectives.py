@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dmpo_jax import diffusion, losses, train_step, types
+from dmpo_jax import diffusion, lora, losses, train_step, types
 from dmpo_jax.models import vae
 
 DEAD_ZONE = 0.05  # a pair is in the dead zone when |dL/du| is below this share of its peak
@@ -22,19 +22,27 @@ PreferenceLoss = Callable[..., tuple[Float[Array, " B"], losses.LossParts]]
 
 
 class Frozen(NamedTuple):
-  """What the objectives read and never train: one jit argument, neither donated nor saved."""
+  """What the objectives read and never train: one jit argument, neither donated nor saved.
+
+  Attributes:
+    reference: UNet parameters of the reference.
+    text_encoders: name -> parameters.
+    adapter: where a low-rank delta is trained: it at its start, zero, on top of the reference.
+  """
 
   reference: train_step.Params | None
-  text_encoder: train_step.Params | None
+  text_encoders: train_step.Params | None
+  adapter: lora.Adapter | None = None
 
 
 class Denoiser(NamedTuple):
   """The model functions and constants that turn latents and tokens into denoising errors.
 
   Attributes:
-    unet: (params, noisy latents [B, h, w, c], timesteps [B], prompt_embeds [B, L, D]) -> output
-      [B, h, w, c].
-    text_encoder: (params, input_ids [B, L]) -> prompt_embeds [B, L, D].
+    unet: (params or `lora.Adapted`, noisy latents [B, h, w, c], timesteps [B], `types.Conditions`)
+      -> output [B, h, w, c].
+    embed: (parameters of the text encoders, input_ids [B, *E, L], time_ids [B, 6] or None) ->
+      `types.Conditions`.
     alphas_cumprod: abar_t [T].
     prediction_type: what `unet` predicts: epsilon, v_prediction or sample.
     scaling_factor: of the latents.
@@ -42,7 +50,7 @@ class Denoiser(NamedTuple):
   """
 
   unet: Callable
-  text_encoder: Callable
+  embed: Callable
   alphas_cumprod: Float[Array, " T"]
   prediction_type: str
   scaling_factor: float
@@ -68,20 +76,22 @@ def squared_errors(
   latents: Float[Array, "B h w c"],
   noise: Float[Array, "B h w c"],
   timesteps: Int[Array, " B"],
-  prompt_embeds: Float[Array, "B L D"],
+  conditions: types.Conditions,
 ) -> Float[Array, " B"]:
   """Squared error of the prediction, *mean* over h, w, c, float32: the e of the paper's margin."""
   abar = denoiser.alphas_cumprod
   noisy = diffusion.add_noise(latents, noise, timesteps, abar)
   target = diffusion.prediction_target(denoiser.prediction_type, latents, noise, timesteps, abar)
-  prediction = denoiser.unet(params, noisy, timesteps, prompt_embeds)
+  prediction = denoiser.unet(params, noisy, timesteps, conditions)
   return jnp.square(prediction.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
 
 
 class PairExamples(NamedTuple):
   latents: Float[Array, "B 2 h w c"]  # winner, loser
   noising: diffusion.Noising
-  input_ids: Int[Array, "B L"]
+  input_ids: Int[Array, "B *E L"]
+  time_ids: Float[Array, "B 6"] | None
+  image_latents: Float[Array, "B h w c"] | None
 
 
 def preference_objective(
@@ -92,6 +102,10 @@ def preference_objective(
   timestep_power: float = 1.0,
 ) -> train_step.Objective:
   """A loss on pairs against a frozen reference: policy parameters are trained, nothing else.
+
+  They are those of the UNet, or a low-rank delta on the reference where `Frozen.adapter` is given.
+  The source image of an edit enters as the unscaled posterior mean (Brooks et al.,
+  arXiv 2211.09800, section 3.2, and diffusers' training script).
 
   Winner and loser share timestep and noise (Diffusion-DPO's code). The reference takes the very
   same code path, so that policy == reference gives margins of exactly zero.
@@ -110,10 +124,18 @@ def preference_objective(
     steps = len(denoiser.alphas_cumprod)
     shape = latents[:, 0].shape
     noising = diffusion.sample_noising(key_noising, shape, steps, timestep_power)
-    return PairExamples(latents, noising, batch.input_ids)
+    image_latents = None
+    if batch.source_moments is not None:
+      image_latents, _ = vae.split_moments(batch.source_moments)
+    return PairExamples(latents, noising, batch.input_ids, batch.time_ids, image_latents)
 
   def loss(params, frozen: Frozen, examples: PairExamples):
-    prompt_embeds = denoiser.text_encoder(frozen.text_encoder, examples.input_ids)
+    conditions = denoiser.embed(frozen.text_encoders, examples.input_ids, examples.time_ids)
+    conditions = conditions._replace(image_latents=examples.image_latents)
+    policy, reference = params, frozen.reference
+    if frozen.adapter is not None:
+      policy = lora.Adapted(frozen.reference, frozen.adapter._replace(delta=params))
+      reference = lora.Adapted(frozen.reference, frozen.adapter)
 
     # Recomputed in the backward pass, nothing saved: saved values would be fused into the policy's
     # forward pass and not into the reference's, and its rounding would differ from theirs. So the
@@ -121,12 +143,14 @@ def preference_objective(
     forward = jax.checkpoint(functools.partial(squared_errors, denoiser))
 
     def errors(unet_params):
-      flat = [x.repeat(2, axis=0) for x in (examples.noising.noise, examples.noising.timesteps)]
+      timesteps, noise, both = jax.tree.map(
+        lambda x: x.repeat(2, axis=0), (*examples.noising, conditions)
+      )
       latents = examples.latents.reshape(-1, *examples.latents.shape[2:])
       kernels = cast_kernels(unet_params, denoiser.dtype)
-      return forward(kernels, latents, *flat, prompt_embeds.repeat(2, axis=0)).reshape(-1, 2)
+      return forward(kernels, latents, noise, timesteps, both).reshape(-1, 2)
 
-    err, ref_err = errors(params), jax.lax.stop_gradient(errors(frozen.reference))
+    err, ref_err = errors(policy), jax.lax.stop_gradient(errors(reference))
     values, parts = loss_fn(err[:, 0], err[:, 1], ref_err[:, 0], ref_err[:, 1])
     metrics = {name: value for name, value in parts._asdict().items() if name != "gradient_weight"}
     metrics["dead_zone"] = (parts.gradient_weight < DEAD_ZONE * peak_weight).astype(jnp.float32)
@@ -143,7 +167,7 @@ class CaptionedExamples(NamedTuple):
 
 
 def denoising_objective(denoiser: Denoiser, *, timestep_power: float = 1.0) -> train_step.Objective:
-  """Plain denoising of captioned images (Ho et al., eq. 14): trains UNet and text encoder."""
+  """Plain denoising of captioned images (Ho et al., eq. 14): trains UNet and text encoders."""
 
   def draw(batch: types.CaptionedBatch, key) -> CaptionedExamples:
     key_noising, key_latents = jax.random.split(key)
@@ -154,11 +178,10 @@ def denoising_objective(denoiser: Denoiser, *, timestep_power: float = 1.0) -> t
 
   def loss(params, frozen, examples: CaptionedExamples):
     del frozen
-    prompt_embeds = denoiser.text_encoder(params["text_encoder"], examples.input_ids)
+    encoders = {name: tree for name, tree in params.items() if name != "unet"}
+    conditions = denoiser.embed(encoders, examples.input_ids, None)
     timesteps, noise = examples.noising
-    err = squared_errors(
-      denoiser, params["unet"], examples.latents, noise, timesteps, prompt_embeds
-    )
+    err = squared_errors(denoiser, params["unet"], examples.latents, noise, timesteps, conditions)
     return err, {}
 
   return train_step.Objective(draw, loss)

@@ -25,7 +25,7 @@ from PIL import Image
 
 import dmpo_jax
 from dmpo_jax import base as base_lib
-from dmpo_jax import checkpoint, evaluate, export, logs, report, tasks, train
+from dmpo_jax import checkpoint, evaluate, export, logs, lora, lora_files, report, tasks, train
 from dmpo_jax import config as config_lib
 from dmpo_jax.data import encode, images
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
@@ -148,7 +148,7 @@ def evaluate_policy(
   Returns:
     What was written: intervals over prompts, for both models and for the comparison.
   """
-  policy = train.load_trained(run, base.params["unet"])
+  policy = load_policy(base, run)
   emoji = emoji_of(config)
   pairs = pairs_lib.split_pairs(pairs_lib.form_pairs(emoji))
   prompts = sorted({pair.caption for pair in pairs[split]})
@@ -189,6 +189,23 @@ def evaluate_policy(
   return base_lib.read_json(out / "evaluation.json")
 
 
+def load_adapter(base: base_lib.Base, run: pathlib.Path) -> lora.Adapter | None:
+  """The low-rank delta that a run trained; None if it trained all parameters."""
+  config = train.read_run(run)
+  adapter = tasks.initial_adapter(config.lora, base.shapes["unet"], config.seed)
+  if adapter is None:
+    return None
+  return adapter._replace(delta=train.load_trained(run, adapter.delta))
+
+
+def load_policy(base: base_lib.Base, run: pathlib.Path) -> Any:
+  """The UNet parameters that a run trained, its low-rank delta merged if it trained one."""
+  adapter = load_adapter(base, run)
+  if adapter is None:
+    return train.load_trained(run, base.shapes["unet"])
+  return lora.merge(base.params["unet"], adapter)
+
+
 def emoji_of(config: config_lib.Config) -> tuple[emoji_lib.Emoji, ...]:
   """The emoji that take part in the configuration's data set."""
   name = config.data.dataset.split("/")[1]
@@ -225,7 +242,7 @@ def export_policy(
     licence="cc-by-4.0",
     attribution=ATTRIBUTION,
   )
-  trained = {"unet": train.load_trained(run, base.params["unet"])}
+  trained = {"unet": load_policy(base, run)}
   return export.export_folder(
     base, folder, trained=trained, dtype=dtype, card=card, replace=replace
   )
@@ -233,29 +250,50 @@ def export_policy(
 
 def export_run(
   run: pathlib.Path,
-  folder: pathlib.Path,
+  out: pathlib.Path,
   *,
+  layout: str,
   evaluation: pathlib.Path | None,
   dtype: str,
   replace: bool,
 ) -> pathlib.Path:
   """`dmpo export`: a run folder alone says all that is needed; an evaluation fills the card.
 
+  Args:
+    layout: one of `export.LAYOUTS`.
+
   Raises:
-    ValueError: no run, no checkpoint, or `folder` exists.
+    ValueError: no run, no checkpoint, `out` exists, or a LoRA file is asked of a run without one.
   """
   config = train.read_run(run)
-  metrics = card_metrics(base_lib.read_json(evaluation)) if evaluation else {}
-  metrics["steps"] = checkpoint.read_metadata(run / train.CHECKPOINTS)["step"]
-  return export_policy(
-    base_lib.load_base(config.base),
-    run,
-    folder,
-    metrics=metrics,
-    data=f"`{config.data.dataset}`",
-    dtype=dtype,
-    replace=replace,
-  )
+  # The base's UNet is needed only where a low-rank delta is merged into it.
+  parts = ("unet",) if config.lora.rank > 0 and layout in ("folder", "single-file") else ()
+  base = base_lib.load_base(config.base, parts=parts)
+  if layout == "folder":
+    metrics = card_metrics(base_lib.read_json(evaluation)) if evaluation else {}
+    metrics["steps"] = checkpoint.read_metadata(run / train.CHECKPOINTS)["step"]
+    return export_policy(
+      base,
+      run,
+      out,
+      metrics=metrics,
+      data=f"`{config.data.dataset}`",
+      dtype=dtype,
+      replace=replace,
+    )
+  if evaluation is not None:
+    raise ValueError(f"--evaluation fills the model card of a folder; layout {layout} has none")
+  if layout == "single-file":
+    trained = {"unet": load_policy(base, run)}
+    return export.export_single_file(base, out, trained=trained, dtype=dtype, replace=replace)
+  adapter = load_adapter(base, run)
+  if adapter is None:
+    raise ValueError(
+      f"{run} trained all parameters (lora.rank 0): there is no low-rank delta; expected "
+      "--layout folder or single-file"
+    )
+  style = "peft" if layout == "lora" else "kohya"
+  return export.export_lora(adapter, out, style=style, dtype=dtype, replace=replace)
 
 
 def sample_images(
@@ -263,15 +301,18 @@ def sample_images(
   *,
   model: str | None,
   run: pathlib.Path | None,
+  lora_file: pathlib.Path | None,
   prompts: Sequence[str],
-  negative_prompt: str,
+  negative_prompt: str | None,
+  image: pathlib.Path | None,
   seed: int,
   out: pathlib.Path,
 ) -> pathlib.Path:
   """`dmpo sample`: grid.png, a row per prompt, and the single images, named by prompt and number.
 
   Raises:
-    ValueError: both `model` and `run` are given, or `out` holds images already.
+    ValueError: both `model` and `run` are given, `out` holds images already, the base edits images
+      and there is none, or the LoRA file does not fit.
   """
   if model is not None and run is not None:
     raise ValueError("--model and --run: give one of them")
@@ -280,7 +321,9 @@ def sample_images(
   config = train.read_run(run) if run is not None else config_lib.from_dict(raw)
   sampling = config_lib.from_dict(raw).sampling
   base = base_lib.load_base(model or config.base, compute=config.precision.compute)
-  unet_params = base.params["unet"] if run is None else train.load_trained(run, base.params["unet"])
+  unet_params = base.params["unet"] if run is None else load_policy(base, run)
+  if lora_file is not None:
+    unet_params = lora.merge(unet_params, read_adapter(lora_file, base))
   pictures = images.to_uint8(
     evaluate.sample_prompts(
       evaluate.make_sampler(base, sampling, negative_prompt=negative_prompt),
@@ -290,6 +333,7 @@ def sample_images(
       sampling.images_per_prompt,
       seed=seed,
       title="sampling",
+      sources=read_sources(image, base, len(prompts)),
     )
   )
   out.mkdir(parents=True, exist_ok=True)
@@ -299,6 +343,34 @@ def sample_images(
   (out / "prompts.txt").write_text("".join(f"{i:04d} {p}\n" for i, p in enumerate(prompts)))
   Image.fromarray(images.tile(pictures)).save(out / "grid.png")
   return out / "grid.png"
+
+
+def read_adapter(file: pathlib.Path, base: base_lib.Base) -> lora.Adapter:
+  """A LoRA file as a delta on the base's UNet; each module's alpha / rank is folded into `up`."""
+  found = lora_files.read_lora(file, lora.find_kernels(base.shapes["unet"]))
+  return lora.Adapter(found.folded(), np.float32(1.0))
+
+
+def read_sources(file: pathlib.Path | None, base: base_lib.Base, count: int) -> np.ndarray | None:
+  """The image to edit, once for each of `count` prompts, [count, H, W, 3] in [-1, 1].
+
+  Raises:
+    ValueError: the base edits and there is no image, or it does not and there is one.
+  """
+  if (file is not None) != base.edits:
+    raise ValueError(
+      "--image: this model edits an image; name one"
+      if base.edits
+      else "--image: this model does not edit images"
+    )
+  if file is None:
+    return None
+  try:
+    with Image.open(file) as opened:
+      pixels = images.to_array(opened, base.resolution)
+  except OSError as error:
+    raise ValueError(f"--image: {file} is not a readable picture ({error})") from error
+  return np.stack([pixels] * count)
 
 
 def show_evaluation(result: Mapping[str, Any]) -> str:

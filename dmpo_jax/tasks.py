@@ -13,7 +13,7 @@ import numpy as np
 
 from dmpo_jax import base as base_lib
 from dmpo_jax import config as config_lib
-from dmpo_jax import losses, objectives, train_step
+from dmpo_jax import lora, losses, objectives, train_step
 from dmpo_jax.data import encode, pipeline
 from dmpo_jax.data.emoji_choice import captions
 
@@ -81,10 +81,27 @@ def reference_params(params: train_step.Params, dtype: str) -> train_step.Params
   return jax.tree.map(copy, params)
 
 
+def initial_adapter(config: config_lib.LoraConfig, shapes: Any, seed: int) -> lora.Adapter | None:
+  """The low-rank delta at its start, zero, on a UNet of these shapes; None at rank 0.
+
+  Raises:
+    ValueError: a target fits nothing, or the rank is too large.
+  """
+  if config.rank == 0:
+    return None
+  delta = lora.init_delta(shapes, rank=config.rank, targets=config.targets.split(), seed=seed)
+  return lora.Adapter(delta, np.float32(config.alpha / config.rank))
+
+
 def preference_task(
   config: config_lib.Config, base: base_lib.Base, encoded: encode.Encoded
 ) -> Task:
-  """Preference optimisation of the base's UNet on encoded pairs."""
+  """Preference optimisation of the base's UNet, or of a low-rank delta on it, on encoded pairs.
+
+  Raises:
+    ValueError: the data have no source images and the base edits, or the other way round; fewer
+      pairs than a batch; bad low-rank settings.
+  """
   loss_fn = bind_loss(config.objective)
   objective = objectives.preference_objective(
     base.denoiser(),
@@ -97,6 +114,17 @@ def preference_task(
     raise ValueError(
       f"batch_size: {config.batch_size} is larger than the {len(source)} pairs of the train split"
     )
+
+  if ("source_moments" in source[0]) != base.edits:
+    has, expected = ("no", "some") if base.edits else ("", "none")
+    raise ValueError(
+      f"{config.data.dataset}: its pairs have {has} source images; expected {expected}, as the "
+      f"base {config.base} {'edits images' if base.edits else 'does not edit images'}"
+    )
+  unet_params = base.params["unet"]
+  adapter = initial_adapter(config.lora, base.shapes["unet"], seed)
+  # A copy: what is trained is donated, and must not share memory with what is frozen.
+  params = unet_params if adapter is None else jax.tree.map(np.array, adapter.delta)
 
   def batches(start):
     return pipeline.preference_batches(
@@ -111,10 +139,9 @@ def preference_task(
     )
 
   return Task(
-    params=base.params["unet"],
+    params=params,
     frozen=objectives.Frozen(
-      reference_params(base.params["unet"], config.precision.reference),
-      base.params["text_encoder"],
+      reference_params(unet_params, config.precision.reference), base.text_params, adapter
     ),
     objective=objective,
     batches=batches,
@@ -128,7 +155,7 @@ def preference_task(
 def denoising_task(
   config: config_lib.Config, base: base_lib.Base, source: captions.CaptionedEmoji
 ) -> Task:
-  """Plain denoising of captioned emoji: trains the base's UNet and text encoder."""
+  """Plain denoising of captioned emoji: trains the base's UNet and text encoders."""
 
   def batches(start):
     return captions.captioned_batches(
@@ -141,7 +168,7 @@ def denoising_task(
     )
 
   return Task(
-    params={"unet": base.params["unet"], "text_encoder": base.params["text_encoder"]},
+    params={"unet": base.params["unet"], **base.text_params},
     frozen=objectives.Frozen(None, None),
     objective=objectives.denoising_objective(
       base.denoiser(), timestep_power=config.data.timestep_power

@@ -292,8 +292,13 @@ def _announce(config: config_lib.Config, mesh, shapes, start: int, out: pathlib.
     for name, value in dataclasses.asdict(objective).items()
     if value is not None and name != "method"
   }
+  trained = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params))
+  what = "all of it"
+  if config.lora.rank > 0:
+    what = f"a low-rank delta, rank {config.lora.rank}, alpha {config.lora.alpha:g}"
   lines = [
     f"run      {out}" + (f", resumed at step {start}" if start else ""),
+    f"trains   {what}: {trained:,} parameters",
     f"method   {objective.method} {settings}"
     + (" (mean-form errors, kappa = beta / 2)" if objective.needs_reference else ""),
     f"batch    {config.batch_size} per update, {config.accumulation} accumulation part(s), "

@@ -1,8 +1,8 @@
-"""Batches that cross floors, and the dimension table.
+"""Batches and conditions that cross floors, and the dimension table.
 
 Dimensions: B examples (pairs) of a batch; H, W image pixels; h, w latent positions; c latent
-channels, c2 = 2 c for mean and log-variance; L tokens; D width of the prompt embedding; T
-timesteps.
+channels, c2 = 2 c for mean and log-variance; E text encoders (an axis only where there are two); L
+tokens; D width of the prompt embedding; P width of the pooled prompt embedding; T timesteps.
 """
 
 from typing import NamedTuple
@@ -10,12 +10,45 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 
+class AddedConditions(NamedTuple):
+  """What SDXL's UNet is told beside the prompt (arXiv 2307.01952, section 2.2).
+
+  Attributes:
+    text_embeds: pooled and projected prompt embedding of the second text encoder.
+    time_ids: pixels: original height and width, top and left of the crop, target height and width.
+  """
+
+  text_embeds: Float[Array, "B P"]
+  time_ids: Float[Array, "B 6"]
+
+
+class Conditions(NamedTuple):
+  """All that a UNet is conditioned on, but the timestep.
+
+  Attributes:
+    prompt_embeds: hidden states of the text encoder, of both on the last axis for SDXL.
+    added: SDXL only.
+    image_latents: InstructPix2Pix only: latents of the image to edit, not scaled.
+  """
+
+  prompt_embeds: Float[Array, "B L D"]
+  added: AddedConditions | None = None
+  image_latents: Float[Array, "B h w c"] | None = None
+
+
 class PreferenceBatch(NamedTuple):
-  """Pairs: one caption, the preferred image (w) and the dispreferred one (l)."""
+  """Pairs: one caption, the preferred image (w) and the dispreferred one (l).
+
+  Attributes:
+    time_ids: SDXL only, see `AddedConditions`.
+    source_moments: InstructPix2Pix only: of the image to edit.
+  """
 
   moments_w: Float[Array, "B h w c2"]
   moments_l: Float[Array, "B h w c2"]
-  input_ids: Int[Array, "B L"]
+  input_ids: Int[Array, "B *E L"]
+  time_ids: Float[Array, "B 6"] | None = None
+  source_moments: Float[Array, "B h w c2"] | None = None
 
 
 class CaptionedBatch(NamedTuple):

@@ -1,5 +1,9 @@
 """diffusion.py against diffusers' schedulers and float64 formulas."""
 
+import dataclasses
+import json
+
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from scipy import stats
 
 from dmpo_jax import diffusion, sample
+
+# diffusers calls numpy.array on torch's tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy")
 
 SCHEDULES = {
   "sd15": dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
@@ -72,6 +79,20 @@ def test_schedule_is_that_of_diffusers(name, scheduler):
   np.testing.assert_allclose(ours, theirs, rtol=1.5e-4)
 
 
+@pytest.mark.parametrize("name", ["sd15", "ddpm", "short"])
+def test_zero_terminal_snr_is_that_of_diffusers_and_of_the_paper(name):
+  """Lin et al., algorithm 1: sqrt(abar) from where it was down to 0, differences in proportion."""
+  plain = alphas_oracle(name) ** 0.5
+  abar = diffusion.alphas_cumprod(config_of(name, rescale_betas_zero_snr=True))
+  theirs = DDIMScheduler(**SCHEDULES[name], rescale_betas_zero_snr=True).alphas_cumprod.numpy()
+  assert abar.dtype == np.float32 and abar[-1] == theirs[-1] == 0
+  # diffusers goes back to betas and forth again in float32, at abar down to 1e-7.
+  np.testing.assert_allclose(abar, theirs, rtol=3e-4, atol=1e-7)
+  root = np.sqrt(abar.astype(np.float64))
+  share = (root[0] - root) / root[0]
+  np.testing.assert_allclose(share, (plain[0] - plain) / (plain[0] - plain[-1]), atol=2e-7)
+
+
 @every_schedule
 def test_add_noise_is_that_of_diffusers_and_the_formula(name):
   config = config_of(name)
@@ -127,7 +148,8 @@ def test_a_perfect_prediction_splits_into_latents_and_noise(prediction_type, nam
     timesteps = jnp.full(SHAPE[:1], timestep)
     noisy = diffusion.add_noise(latents, noise, timesteps, abar)
     target = diffusion.prediction_target(prediction_type, latents, noise, timesteps, abar)
-    return sample.split_prediction(prediction_type, target, noisy, abar[timestep])
+    signal, sigma = jnp.sqrt(abar[timestep]), jnp.sqrt(1 - abar[timestep])
+    return sample.split_prediction(prediction_type, target, noisy, signal, sigma)
 
   for timestep in (0, 1, 500, 998, 999):
     x0, eps = recover(jnp.int32(timestep))
@@ -187,16 +209,39 @@ def test_noise_is_standard_normal_and_independent():
 
 # --- scheduler_config.json ---
 
+every_class = pytest.mark.parametrize("name", diffusion.SAMPLER_OF)
 
-@pytest.mark.parametrize(
-  "scheduler", [DDIMScheduler(clip_sample=False), DDPMScheduler(clip_sample=False)]
-)
-def test_read_config_takes_what_diffusers_writes(scheduler):
-  read = diffusion.read_config(dict(scheduler.config))
-  expected = diffusion.ScheduleConfig()
-  assert read == expected
-  for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset"):
-    assert getattr(read, name) == scheduler.config[name]
+
+def class_defaults(name):
+  """What the class takes for every field, by its constructor."""
+  return json.loads(getattr(diffusers, name)().to_json_string())
+
+
+@every_class
+def test_read_config_takes_what_diffusers_writes(name):
+  raw = class_defaults(name) | {"clip_sample": False, "skip_prk_steps": True}
+  read = diffusion.read_config(raw)
+  assert read.sampler == diffusion.SAMPLER_OF[name]
+  for field in dataclasses.fields(diffusion.ScheduleConfig):
+    if field.name in raw:
+      assert getattr(read, field.name) == raw[field.name], field.name
+
+
+@pytest.mark.parametrize("sampler, name", diffusion.SAMPLER_CLASSES.items())
+def test_absent_fields_are_those_of_the_class(sampler, name):
+  """Of a file that names its class alone, as far as that is implemented."""
+  needed = diffusion.REQUIRED.get(sampler, {})
+  read = diffusion.read_config({"_class_name": name, **needed})
+  filled, theirs = diffusion.for_sampler(read, sampler), class_defaults(name) | needed
+  for field in dataclasses.fields(diffusion.ScheduleConfig):
+    if field.name in theirs:
+      assert getattr(filled, field.name) == theirs[field.name], field.name
+
+
+def test_ddpm_is_read_and_drawn_by_ddim():
+  read = diffusion.read_config({"_class_name": "DDPMScheduler", "clip_sample": False})
+  ddim = diffusion.read_config({"_class_name": "DDIMScheduler", "clip_sample": False})
+  assert read == ddim
 
 
 def test_read_config_keeps_every_field_that_matters():
@@ -213,18 +258,67 @@ def test_read_config_keeps_every_field_that_matters():
     "steps_offset": 1,
     "trained_betas": None,
   }
-  assert diffusion.read_config(raw) == diffusion.ScheduleConfig(
-    500, 0.00085, 0.012, "scaled_linear", "v_prediction", False, 1, "leading", False
+  expected = diffusion.ScheduleConfig(
+    num_train_timesteps=500,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    prediction_type="v_prediction",
+    set_alpha_to_one=False,
+    skip_prk_steps=True,
+    steps_offset=1,
+    sampler="pndm",
   )
+  assert diffusion.read_config(raw) == expected
+  assert expected.timestep_spacing is expected.clip_sample is None
+
+
+NOT_IMPLEMENTED = {
+  "algorithm_type": ("sde-dpmsolver++", "dpmsolver++"),
+  "interpolation_type": ("log_linear", "linear"),
+  "lambda_min_clipped": (-5.1, float("-inf")),
+  "solver_order": (3, 2),
+  "solver_type": ("heun", "midpoint"),
+  "thresholding": (True, False),
+  "timestep_type": ("continuous", "discrete"),
+  "trained_betas": ([0.1], None),
+  "use_beta_sigmas": (True, False),
+  "use_dynamic_shifting": (True, False),
+  "use_exponential_sigmas": (True, False),
+  "use_flow_sigmas": (True, False),
+  "use_karras_sigmas": (True, False),
+  "use_lu_lambdas": (True, False),
+  "variance_type": ("learned_range", None),
+}
+
+
+def refusal(raw):
+  with pytest.raises(ValueError) as caught:
+    diffusion.read_config(raw)
+  return str(caught.value)
+
+
+def test_all_that_is_not_implemented_is_refused_by_name():
+  assert NOT_IMPLEMENTED.keys() == diffusion.NEUTRAL.keys()
+  for field, (value, expected) in NOT_IMPLEMENTED.items():
+    raw = {"_class_name": "EulerDiscreteScheduler", field: value}
+    assert refusal(raw) == (
+      f"scheduler_config.json: {field} is {value!r}, which is not implemented; "
+      f"expected {expected!r}"
+    )
+    assert diffusion.read_config(raw | {field: expected}).sampler == "euler"
 
 
 @pytest.mark.parametrize(
   "field, value, text",
   [
+    ("_class_name", "LCMScheduler", "_class_name is 'LCMScheduler'; expected one of ('DDIMSched"),
+    ("_class_name", None, "_class_name is None; expected one of ('DDIMScheduler', 'PNDMSchedul"),
     ("beta_schedule", "sigmoid", "beta_schedule is 'sigmoid'; expected one of ('linear', 'scaled"),
     ("prediction_type", "flow", "prediction_type is 'flow'; expected one of ('epsilon', 'v_pred"),
-    ("timestep_spacing", "trailing", "timestep_spacing is 'trailing'; expected one of ('leading',"),
-    ("clip_sample", True, "clip_sample is True; expected one of (False,)"),
+    ("timestep_spacing", "ends", "timestep_spacing is 'ends'; expected one of ('leading', 'trai"),
+    ("timestep_spacing", None, "timestep_spacing is None; expected str"),
+    ("final_sigmas_type", "one", "final_sigmas_type is 'one'; expected one of ('zero', 'sigma_mi"),
     ("num_train_timesteps", 0, "num_train_timesteps is 0; expected >= 1"),
     ("num_train_timesteps", "1000", "num_train_timesteps is '1000'; expected int"),
     ("num_train_timesteps", True, "num_train_timesteps is True; expected int"),
@@ -232,24 +326,43 @@ def test_read_config_keeps_every_field_that_matters():
     ("beta_start", 0.0, "beta_start is 0.0; expected within (0, 1)"),
     ("beta_end", 1.5, "beta_end is 1.5; expected within (0, 1)"),
     ("beta_end", "0.02", "beta_end is '0.02'; expected float"),
-    (
-      "rescale_betas_zero_snr",
-      True,
-      "rescale_betas_zero_snr is True, which is not implemented; ex",
-    ),
-    ("thresholding", True, "thresholding is True, which is not implemented; expected False"),
-    ("trained_betas", [0.1], "trained_betas is [0.1], which is not implemented; expected None"),
+    ("set_alpha_to_one", 1, "set_alpha_to_one is 1; expected bool"),
+    ("clip_sample", True, "clip_sample is True, which is not implemented for DDIMScheduler; expec"),
   ],
 )
-def test_what_is_not_implemented_is_refused(field, value, text):
-  with pytest.raises(ValueError) as caught:
-    diffusion.read_config({field: value})
-  assert str(caught.value).startswith(f"scheduler_config.json: {text}")
+def test_bad_values_are_refused(field, value, text):
+  raw = {"_class_name": "DDIMScheduler", "clip_sample": False, field: value}
+  assert refusal(raw).startswith(f"scheduler_config.json: {text}")
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
-def test_clipping_by_default_is_refused(scheduler):
+def test_an_unknown_sampler_is_refused():
+  with pytest.raises(ValueError, match="sampler is 'heun'; expected one of"):
+    diffusion.ScheduleConfig(sampler="heun")
+  # In a file it is no field: the class says it.
+  raw = {"_class_name": "EulerDiscreteScheduler", "sampler": "ddim"}
+  assert diffusion.read_config(raw).sampler == "euler"
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_clipping_by_default_is_refused(name):
   """A file that leaves clip_sample out makes diffusers clip: its samples would not be ours."""
-  assert scheduler().config.clip_sample is True
-  with pytest.raises(ValueError, match="clip_sample is absent, which DD.MScheduler takes as True"):
-    diffusion.read_config({"_class_name": scheduler.__name__})
+  assert class_defaults(name)["clip_sample"] is True
+  assert refusal({"_class_name": name}) == (
+    "scheduler_config.json: clip_sample is absent, that is True, which is not implemented for "
+    "DDIMScheduler; expected false"
+  )
+
+
+def test_runge_kutta_steps_are_refused():
+  assert class_defaults("PNDMScheduler")["skip_prk_steps"] is False
+  assert refusal({"_class_name": "PNDMScheduler"}) == (
+    "scheduler_config.json: skip_prk_steps is absent, that is False, which is not implemented for "
+    "PNDMScheduler; expected true"
+  )
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+def test_what_a_class_does_not_read_is_passed_over(name):
+  """Files carry the fields of schedulers that they were made from."""
+  raw = {"_class_name": name, "clip_sample": True, "skip_prk_steps": False, "unheard_of": 3}
+  assert diffusion.read_config(raw).sampler == diffusion.SAMPLER_OF[name]

@@ -21,7 +21,7 @@ def shrink(raw):
   for name in STAGES:
     run = {**raw[name], "steps": 4, "batch_size": 8, "validate_every": 4, "save_every": 2}
     run["optim"] = {**run["optim"], "warmup_steps": 1}
-    run["sampling"] = {"steps": 2, "guidance_scale": 2.0, "images_per_prompt": 1}
+    run["sampling"] |= {"steps": 2, "guidance_scale": 2.0, "images_per_prompt": 1}
     small[name] = run
   return small
 

@@ -1,17 +1,21 @@
 """Exported folders are opened by diffusers itself, which then draws what we draw."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 
 import diffusers
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 import torch
 
 from dmpo_jax import base as base_lib
-from dmpo_jax import config as config_lib
-from dmpo_jax import evaluate, export
+from dmpo_jax import evaluate, export, lora, lora_files
 
 PROMPTS = ["love", "sad", "A dog, please!"]
 
@@ -42,10 +46,10 @@ def _moved(tree, generator):
 @pytest.mark.slow
 def test_diffusers_draws_the_same_images(exported):
   folder, base = exported
-  sampling = config_lib.SamplingConfig(steps=10, guidance_scale=3.0, images_per_prompt=1)
+  sampling = tiny.sampling(steps=10, guidance_scale=3.0)
   noise = evaluate.initial_noise(PROMPTS, 1, base.latent_shape, 0)[:, 0]
   sampler = evaluate.make_sampler(base, sampling)
-  ours = sampler(base.params["unet"], base.params["text_encoder"], PROMPTS, noise)
+  ours = sampler(base.params["unet"], base.text_params, PROMPTS, noise)
   pipeline = open_pipeline(folder)
   theirs = pipeline(
     PROMPTS,
@@ -67,8 +71,9 @@ def test_diffusers_predicts_the_same_noise(exported):
   noise = evaluate.initial_noise(PROMPTS, 1, base.latent_shape, 1)[:, 0]
   timesteps = np.array([1, 500, 999])
   denoiser = base.denoiser()
-  embeds = denoiser.text_encoder(base.params["text_encoder"], jnp.asarray(base.tokenizer(PROMPTS)))
-  ours = denoiser.unet(base.params["unet"], jnp.asarray(noise), jnp.asarray(timesteps), embeds)
+  conditions = denoiser.embed(base.text_params, jnp.asarray(base.tokenizer(PROMPTS)))
+  embeds = conditions.prompt_embeds
+  ours = denoiser.unet(base.params["unet"], jnp.asarray(noise), jnp.asarray(timesteps), conditions)
   pipeline = open_pipeline(folder)
   ids = pipeline.tokenizer(
     PROMPTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
@@ -150,3 +155,57 @@ def test_model_card_says_what_was_done():
   assert "| steps | 300 |" in card and "DMPO {'beta': 1000.0}" in card
   settings = card.split("```json")[1].split("```")[0]
   assert json.loads(settings)["objective"]["method"] == "dmpo"
+
+
+def test_a_full_disk_leaves_nothing_or_the_old(tiny_base, tmp_path):
+  """A real process whose files may not grow beyond 20 kB; SIGXFSZ is an OSError in Python."""
+  base = base_lib.load_base(str(tiny_base))
+  export.export_folder(base, tmp_path / "old", trained={}, card="old")
+  code = f"""
+    import pathlib, resource
+    from dmpo_jax import base, export
+    loaded = base.load_base({str(tiny_base)!r})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    for name in ("new", "old"):
+      try:
+        export.export_folder(
+          loaded, pathlib.Path({str(tmp_path)!r}) / name, trained=loaded.params, card="new",
+          replace=True,
+        )
+      except OSError as error:
+        print(name, error.strerror)
+  """
+  done = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(code)],
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.splitlines() == ["new File too large", "old File too large"]
+  assert [path.name for path in tmp_path.iterdir()] == ["old"]
+  assert (tmp_path / "old" / "README.md").read_text() == "old"
+
+
+@pytest.mark.parametrize("layout", ["single-file", "lora"])
+def test_files_are_not_overwritten_unless_asked(tiny_base, tmp_path, layout):
+  base = base_lib.load_base(str(tiny_base))
+  pair = {"down": np.ones((16, 2), np.float32), "up": np.ones((2, 8), np.float32)}
+  name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+  adapter = lora.Adapter({name: pair}, np.float32(2.0))
+
+  def write(path, **more):
+    if layout == "lora":
+      return export.export_lora(adapter, path, style="peft", **more)
+    return export.export_single_file(base, path, trained={}, **more)
+
+  path = write(tmp_path / "m.safetensors")
+  first = path.read_bytes()
+  with pytest.raises(ValueError, match="exists; give another name, or --replace"):
+    write(path)
+  with pytest.raises(ValueError, match="expected a name that ends in .safetensors"):
+    write(tmp_path / "m.ckpt")
+  assert write(path, replace=True).read_bytes() == first
+  if layout == "lora":
+    found = lora_files.read_lora(path, lora.find_kernels(base.shapes["unet"]))
+    assert found.alphas == {name: 4.0}  # scale 2 times rank 2

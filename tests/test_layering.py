@@ -8,16 +8,20 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "dmpo_jax"
 LEVELS = {
   0: ["__init__", "config", "types"],
-  1: ["models", "losses", "diffusion"],
-  2: ["data", "weights", "sharding", "optimizer"],
+  1: ["models", "losses", "diffusion", "lora"],
+  2: ["data", "weights", "sharding", "optimizer"]
+  + ["safetensors_io", "single_file", "single_file_configs", "lora_files", "hub"],
   3: ["train_step", "objectives", "sample", "base", "checkpoint", "logs", "report", "figures"]
   + ["report_page", "report_table", "report_style"],
-  4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base"],
+  4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
+  + ["check_export"],
   5: ["cli"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 PURE = [*LEVELS[0], *LEVELS[1], "train_step", "objectives", "sample", "sharding", "optimizer"]
 IMPURE = {"tensorflow", "tensorflow_datasets", "torch", "orbax", "absl", "ml_collections"}
+# `dmpo export --check`, the one place that asks the judge; behind the extra "diffusers".
+JUDGES = {"check_export": {"torch", "diffusers"}}
 NOWHERE = {"tensorflow", "torch", "transformers", "diffusers", "pickle", "chex"}
 
 
@@ -62,7 +66,8 @@ def test_imports_go_down(name, path):
 def test_purity(name, path):
   forbidden = NOWHERE | (IMPURE if room(name) in PURE else set())
   for imported in imports(path):
-    assert imported.split(".")[0] not in forbidden, f"{name} imports {imported}"
+    allowed = JUDGES.get(name, set())
+    assert imported.split(".")[0] not in forbidden - allowed, f"{name} imports {imported}"
 
 
 def test_no_cycles():

@@ -1,6 +1,7 @@
 import collections
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,8 +97,9 @@ def test_processes_share_the_same_global_batches(process_count):
   for step in range(8):
     parts = [share[step] for share in shares]
     assert all(len(part.input_ids) == 8 // process_count for part in parts)
-    joined = [np.concatenate(field) for field in zip(*parts, strict=True)]
-    rows = [tuple(row) for row in np.c_[joined[0][:, 0, 0, 0], joined[2][:, 0]].tolist()]
+    joined = jax.tree.map(lambda *fields: np.concatenate(fields), *parts)
+    rows = np.c_[joined.moments_w[:, 0, 0, 0], joined.input_ids[:, 0]].tolist()
+    rows = [tuple(row) for row in rows]
     expected = np.c_[alone[step].moments_w[:, 0, 0, 0], alone[step].input_ids[:, 0]].tolist()
     assert sorted(rows) == sorted(map(tuple, expected))
   first_epoch = [[p for batch in share[:4] for p in positions(batch)] for share in shares]

@@ -161,7 +161,7 @@ def test_another_reference_is_refused(straight):
   out, config, task, _ = straight
   other = jax.tree.map(np.array, task.frozen.reference)
   other["conv_in"]["bias"][0] += 1
-  changed = task._replace(frozen=objectives.Frozen(other, task.frozen.text_encoder))
+  changed = task._replace(frozen=objectives.Frozen(other, task.frozen.text_encoders))
   with pytest.raises(ValueError, match="another reference, first different leaf conv_in.bias"):
     train.train(config, changed, out)
 

@@ -190,7 +190,7 @@ def test_denoising_trains_unet_and_text_encoder(tiny_base):
   moments = jnp.asarray(generator.standard_normal((8, 4, 4, 8), np.float32))
   batch = types.CaptionedBatch(moments, jnp.asarray(base.tokenizer(["love", "sad"] * 4)))
   examples = objective.draw(batch, jax.random.key(0))
-  params = {"unet": base.params["unet"], "text_encoder": base.params["text_encoder"]}
+  params = {"unet": base.params["unet"], **base.text_params}
 
   def mean_loss(params):
     return jnp.mean(objective.loss(params, None, examples)[0])

@@ -1,4 +1,8 @@
-"""Tiny PyTorch models of diffusers and transformers with random weights: the judges of ours."""
+"""PyTorch models of diffusers and transformers with random weights: the judges of ours.
+
+Names with FULL are the config.json files of published checkpoints, every field of them; names with
+SMALL have their topology (blocks, layers, depths, heads, conditioning) at a fraction of the width.
+"""
 
 import diffusers
 import numpy as np
@@ -62,20 +66,288 @@ CLIP = {
   "eos_token_id": 49,
 }
 
+# stable-diffusion-v1-5/stable-diffusion-v1-5, once runwayml's; v1-4 has the same.
+UNET_SD15_FULL = {
+  "_class_name": "UNet2DConditionModel",
+  "_diffusers_version": "0.6.0",
+  "act_fn": "silu",
+  "attention_head_dim": 8,
+  "block_out_channels": [320, 640, 1280, 1280],
+  "center_input_sample": False,
+  "cross_attention_dim": 768,
+  "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+  "downsample_padding": 1,
+  "flip_sin_to_cos": True,
+  "freq_shift": 0,
+  "in_channels": 4,
+  "layers_per_block": 2,
+  "mid_block_scale_factor": 1,
+  "norm_eps": 1e-05,
+  "norm_num_groups": 32,
+  "out_channels": 4,
+  "sample_size": 64,
+  "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+# stabilityai/stable-diffusion-2-1: 768 pixels, v-prediction.
+UNET_SD21_FULL = UNET_SD15_FULL | {
+  "_diffusers_version": "0.10.0.dev0",
+  "attention_head_dim": [5, 10, 20, 20],
+  "cross_attention_dim": 1024,
+  "dual_cross_attention": False,
+  "num_class_embeds": None,
+  "only_cross_attention": False,
+  "sample_size": 96,
+  "use_linear_projection": True,
+  "upcast_attention": True,
+}
+# timbrooks/instruct-pix2pix: the noise beside the latents of the image to edit.
+UNET_IP2P_FULL = UNET_SD15_FULL | {
+  "_diffusers_version": "0.12.0.dev0",
+  "class_embed_type": None,
+  "dual_cross_attention": False,
+  "in_channels": 8,
+  "mid_block_type": "UNetMidBlock2DCrossAttn",
+  "num_class_embeds": None,
+  "only_cross_attention": False,
+  "resnet_time_scale_shift": "default",
+  "upcast_attention": False,
+  "use_linear_projection": False,
+}
+# stabilityai/stable-diffusion-xl-base-1.0
+UNET_SDXL_FULL = {
+  "_class_name": "UNet2DConditionModel",
+  "_diffusers_version": "0.19.0.dev0",
+  "act_fn": "silu",
+  "addition_embed_type": "text_time",
+  "addition_embed_type_num_heads": 64,
+  "addition_time_embed_dim": 256,
+  "attention_head_dim": [5, 10, 20],
+  "block_out_channels": [320, 640, 1280],
+  "center_input_sample": False,
+  "class_embed_type": None,
+  "class_embeddings_concat": False,
+  "conv_in_kernel": 3,
+  "conv_out_kernel": 3,
+  "cross_attention_dim": 2048,
+  "cross_attention_norm": None,
+  "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+  "downsample_padding": 1,
+  "dual_cross_attention": False,
+  "encoder_hid_dim": None,
+  "encoder_hid_dim_type": None,
+  "flip_sin_to_cos": True,
+  "freq_shift": 0,
+  "in_channels": 4,
+  "layers_per_block": 2,
+  "mid_block_only_cross_attention": None,
+  "mid_block_scale_factor": 1,
+  "mid_block_type": "UNetMidBlock2DCrossAttn",
+  "norm_eps": 1e-05,
+  "norm_num_groups": 32,
+  "num_attention_heads": None,
+  "num_class_embeds": None,
+  "only_cross_attention": False,
+  "out_channels": 4,
+  "projection_class_embeddings_input_dim": 2816,
+  "resnet_out_scale_factor": 1.0,
+  "resnet_skip_time_act": False,
+  "resnet_time_scale_shift": "default",
+  "sample_size": 128,
+  "time_cond_proj_dim": None,
+  "time_embedding_act_fn": None,
+  "time_embedding_dim": None,
+  "time_embedding_type": "positional",
+  "timestep_post_act": None,
+  "transformer_layers_per_block": [1, 2, 10],
+  "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+  "upcast_attention": None,
+  "use_linear_projection": True,
+}
+UNET_SD15_SMALL = UNET_SD15_FULL | {
+  "block_out_channels": [16, 32, 64, 64],
+  "cross_attention_dim": 24,
+  "norm_num_groups": 8,
+  "sample_size": 8,
+}
+UNET_SD21_SMALL = UNET_SD21_FULL | {
+  "block_out_channels": [20, 40, 80, 80],
+  "cross_attention_dim": 24,
+  "norm_num_groups": 4,
+  "sample_size": 8,
+}
+UNET_IP2P_SMALL = UNET_IP2P_FULL | {
+  "block_out_channels": [16, 32, 64, 64],
+  "cross_attention_dim": 24,
+  "norm_num_groups": 8,
+  "sample_size": 8,
+}
+UNET_SDXL_SMALL = UNET_SDXL_FULL | {
+  "addition_time_embed_dim": 6,
+  "block_out_channels": [20, 40, 80],
+  "cross_attention_dim": 24,
+  "norm_num_groups": 4,
+  "projection_class_embeddings_input_dim": 10 + 6 * 6,
+  "sample_size": 8,
+}
+# SDXL's conditioning alone: one transformer layer and one resnet per block.
+UNET_TEXT_TIME = UNET_SDXL_SMALL | {
+  "attention_head_dim": [2, 4],
+  "block_out_channels": [8, 16],
+  "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+  "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+  "layers_per_block": 1,
+  "transformer_layers_per_block": [1, 1],
+}
+
+VAE_SD15_FULL = {
+  "_class_name": "AutoencoderKL",
+  "_diffusers_version": "0.6.0",
+  "act_fn": "silu",
+  "block_out_channels": [128, 256, 512, 512],
+  "down_block_types": ["DownEncoderBlock2D"] * 4,
+  "in_channels": 3,
+  "latent_channels": 4,
+  "layers_per_block": 2,
+  "norm_num_groups": 32,
+  "out_channels": 3,
+  "sample_size": 512,
+  "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+VAE_SD21_FULL = VAE_SD15_FULL | {"_diffusers_version": "0.10.0.dev0", "sample_size": 768}
+VAE_SDXL_FULL = VAE_SD15_FULL | {
+  "_diffusers_version": "0.20.0.dev0",
+  "_name_or_path": "../sdxl-vae/",
+  "force_upcast": True,
+  "sample_size": 1024,
+  "scaling_factor": 0.13025,
+}
+# What diffusers of 2024 adds where it writes an SDXL autoencoder, as fp16-fix and fine-tunes have.
+VAE_SDXL_RESAVED_FULL = VAE_SDXL_FULL | {
+  "_diffusers_version": "0.31.0",
+  "latents_mean": None,
+  "latents_std": None,
+  "mid_block_add_attention": True,
+  "shift_factor": None,
+  "use_post_quant_conv": True,
+  "use_quant_conv": True,
+}
+
+VAE_SDXL_SMALL = VAE_SDXL_FULL | {
+  "block_out_channels": [8, 16, 32, 32],
+  "norm_num_groups": 4,
+  "sample_size": 32,
+}
+
+# OpenAI's CLIP ViT-L/14: text encoder of SD 1.5 and InstructPix2Pix, first one of SDXL.
+TEXT_L_FULL = {
+  "_name_or_path": "openai/clip-vit-large-patch14",
+  "architectures": ["CLIPTextModel"],
+  "attention_dropout": 0.0,
+  "bos_token_id": 0,
+  "dropout": 0.0,
+  "eos_token_id": 2,
+  "hidden_act": "quick_gelu",
+  "hidden_size": 768,
+  "initializer_factor": 1.0,
+  "initializer_range": 0.02,
+  "intermediate_size": 3072,
+  "layer_norm_eps": 1e-05,
+  "max_position_embeddings": 77,
+  "model_type": "clip_text_model",
+  "num_attention_heads": 12,
+  "num_hidden_layers": 12,
+  "pad_token_id": 1,
+  "projection_dim": 768,
+  "torch_dtype": "float32",
+  "transformers_version": "4.22.0.dev0",
+  "vocab_size": 49408,
+}
+# OpenCLIP ViT-H/14 without its last layer: SD 2.1.
+TEXT_H_FULL = TEXT_L_FULL | {
+  "_name_or_path": "hf-models/stable-diffusion-v2-768x768/text_encoder",
+  "hidden_act": "gelu",
+  "hidden_size": 1024,
+  "intermediate_size": 4096,
+  "num_attention_heads": 16,
+  "num_hidden_layers": 23,
+  "projection_dim": 512,
+  "transformers_version": "4.25.0.dev0",
+}
+# OpenCLIP ViT-bigG/14: second text encoder of SDXL.
+TEXT_BIGG_FULL = TEXT_L_FULL | {
+  "architectures": ["CLIPTextModelWithProjection"],
+  "hidden_act": "gelu",
+  "hidden_size": 1280,
+  "intermediate_size": 5120,
+  "num_attention_heads": 20,
+  "num_hidden_layers": 32,
+  "projection_dim": 1280,
+  "torch_dtype": "float16",
+  "transformers_version": "4.32.0.dev0",
+}
+_SMALL_TEXT = {"vocab_size": 50, "max_position_embeddings": 11, "intermediate_size": 40}
+TEXT_L_SMALL = TEXT_L_FULL | _SMALL_TEXT | {"hidden_size": 24}
+TEXT_H_SMALL = TEXT_H_FULL | _SMALL_TEXT | {"hidden_size": 32}
+TEXT_BIGG_SMALL = TEXT_BIGG_FULL | _SMALL_TEXT | {"hidden_size": 40, "projection_dim": 10}
+
+# The image half of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which PickScore and HPSv2 fine-tuned.
+VISION_H_FULL = {
+  "architectures": ["CLIPVisionModelWithProjection"],
+  "attention_dropout": 0.0,
+  "dropout": 0.0,
+  "hidden_act": "gelu",
+  "hidden_size": 1280,
+  "image_size": 224,
+  "initializer_factor": 1.0,
+  "initializer_range": 0.02,
+  "intermediate_size": 5120,
+  "layer_norm_eps": 1e-05,
+  "model_type": "clip_vision_model",
+  "num_attention_heads": 16,
+  "num_channels": 3,
+  "num_hidden_layers": 32,
+  "patch_size": 14,
+  "projection_dim": 1024,
+  "torch_dtype": "float16",
+  "transformers_version": "4.28.0.dev0",
+}
+VISION_SMALL = VISION_H_FULL | {
+  "hidden_size": 32,
+  "image_size": 23,  # no multiple of the patch
+  "intermediate_size": 40,
+  "layer_norm_eps": 1e-3,
+  "num_hidden_layers": 2,
+  "patch_size": 5,
+  "projection_dim": 12,
+}
+
 
 def unet(config, seed=0):
   """A diffusers UNet2DConditionModel with random weights."""
-  return randomise(diffusers.UNet2DConditionModel(**config), seed)
+  return randomise(diffusers.UNet2DConditionModel(**public(config)), seed)
 
 
 def vae(config=VAE, seed=0):
   """A diffusers AutoencoderKL with random weights."""
-  return randomise(diffusers.AutoencoderKL(**config), seed)
+  return randomise(diffusers.AutoencoderKL(**public(config)), seed)
 
 
 def clip(config=CLIP, seed=0):
-  """A transformers CLIPTextModel with random weights."""
-  return randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)), seed)
+  """A transformers CLIPTextModel, or what `config` says it is, with random weights."""
+  return randomise(bare_clip(config), seed)
+
+
+def bare_clip(config):
+  """A CLIPTextModel(WithProjection) or CLIPVisionModelWithProjection as `config` says."""
+  name = config.get("architectures", ["CLIPTextModel"])[0]
+  kind = transformers.CLIPVisionConfig if "Vision" in name else transformers.CLIPTextConfig
+  settings = {key: value for key, value in public(config).items() if key != "torch_dtype"}
+  return getattr(transformers, name)(kind(**settings))
+
+
+def public(config):
+  """Without the fields that only say who wrote the file."""
+  return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def randomise(model, seed):

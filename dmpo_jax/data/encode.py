@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -26,14 +26,16 @@ _WAITING_BATCHES = 16  # pairs held back at most, in batches, while an image bat
 _SHARD_PAIRS = 65536
 _WRITTEN_TOGETHER = 256  # the writer saves its JSON after every call
 _FIELDS = ("caption", "image_w", "image_l", "p_choice", "couple")
+_SOURCE = "image_source"  # the image that an edit starts from; optional
 _COMPARED = ("fingerprint", "source", "source_id", "resolution")
 
 EncodeImages = Callable[[Float[np.ndarray, "n H W 3"]], Float[np.ndarray, "n h w c2"]]
-Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "n L"]]
+Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "n *E L"]]
 
 
 class Pairs:
-  """One split: position -> {moments_w, moments_l, input_ids, p_choice, couple, caption}."""
+  """One split: position -> {moments_w, moments_l, input_ids, p_choice, couple, caption} and, for
+  pairs of edits, source_moments."""
 
   def __init__(self, records: Sequence[dict[str, Any]], name: str):
     self._records, self.name = records, name
@@ -76,7 +78,7 @@ class Encoded:
   metadata: dict[str, Any]
 
   @property
-  def empty_ids(self) -> Int[np.ndarray, " L"]:
+  def empty_ids(self) -> Int[np.ndarray, "*E L"]:
     """Ids of the empty caption, for caption dropout."""
     return np.array(self.metadata["empty_ids"], np.int32)
 
@@ -99,7 +101,8 @@ def encode_pairs(
   processes must not prepare the same folder.
 
   Args:
-    builder: prepared, with features caption, image_w, image_l, p_choice, couple.
+    builder: prepared, with features caption, image_w, image_l, p_choice, couple and, for pairs of
+      edits, image_source.
     folder: where the encoded data set is to be.
     encode_images: [-1, 1] pictures -> VAE mean and log-variance; always called with `batch_size`
       pictures, so that it compiles once.
@@ -211,9 +214,9 @@ class _Encoder:
     self._moments: dict[bytes, np.ndarray] = {}
     self.image_count = 0
 
-  def token_ids(self, captions: Sequence[str]) -> Int[np.ndarray, "n L"]:
+  def token_ids(self, captions: Sequence[str]) -> Int[np.ndarray, "n *E L"]:
     ids = np.asarray(self._tokenize(captions))
-    if ids.ndim != 2 or len(ids) != len(captions) or ids.dtype != np.int32:
+    if ids.ndim not in (2, 3) or len(ids) != len(captions) or ids.dtype != np.int32:
       raise ValueError(
         f"tokenize: expected int32 [{len(captions)}, L], got {ids.dtype} {list(ids.shape)}"
       )
@@ -224,7 +227,7 @@ class _Encoder:
     waiting: list[dict] = []
     pending: dict[bytes, np.ndarray] = {}
     for name, record in records:
-      for field in ("image_w", "image_l"):
+      for field in _images_of(record):
         key = hashlib.sha256(record[field]).digest()
         if key not in self._moments and key not in pending:
           pending[key] = _decode(record[field], self._resolution, f"{name}, {field}")
@@ -271,13 +274,18 @@ class _Encoder:
     ids = dict(zip(distinct, self.token_ids(distinct), strict=True))
     for record, caption in zip(records, captions, strict=True):
       yield {
-        "moments_w": self._moments[record["image_w"]],
-        "moments_l": self._moments[record["image_l"]],
+        **{moments: self._moments[record[image]] for image, moments in _images_of(record).items()},
         "input_ids": ids[caption],
         "p_choice": record["p_choice"],
         "couple": record["couple"].decode(),
         "caption": caption,
       }
+
+
+def _images_of(fields: Container[str]) -> dict[str, str]:
+  """The images of a record and what their moments are called."""
+  names = {"image_w": "moments_w", "image_l": "moments_l", _SOURCE: "source_moments"}
+  return {image: moments for image, moments in names.items() if image in fields}
 
 
 def _write(
@@ -330,9 +338,7 @@ def _dataset_info(
     description=f"{metadata['source']} as VAE moments (mean, log-variance) and token ids.",
     features=tfds.features.FeaturesDict(
       {
-        "moments_w": tensor(pair["moments_w"]),
-        "moments_l": tensor(pair["moments_l"]),
-        "input_ids": tensor(pair["input_ids"]),
+        **{name: tensor(value) for name, value in pair.items() if isinstance(value, np.ndarray)},
         "p_choice": np.float32,
         "couple": tfds.features.Text(),
         "caption": tfds.features.Text(),
@@ -343,8 +349,8 @@ def _dataset_info(
 
 
 def _raw_pairs(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[tuple[str, dict]]:
-  skip = tfds.decode.SkipDecoding()
-  source = builder.as_data_source(split, decoders={"image_w": skip, "image_l": skip})
+  decoders = dict.fromkeys(_images_of(builder.info.features), tfds.decode.SkipDecoding())
+  source = builder.as_data_source(split, decoders=decoders)
   for position in range(len(source)):
     record = source[position]
     caption = record["caption"].decode(errors="replace")

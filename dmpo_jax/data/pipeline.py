@@ -15,7 +15,8 @@ _FIELDS = types.PreferenceBatch._fields
 
 @runtime_checkable
 class PairSource(Protocol):
-  """Position -> {moments_w, moments_l, input_ids, couple, caption, ...}."""
+  """Position -> {moments_w, moments_l, input_ids, couple, caption, ...}; a field of the batch that
+  may be None (`source_moments`) may be absent."""
 
   def __len__(self) -> int: ...
 
@@ -28,7 +29,7 @@ def preference_batches(
   seed: int,
   batch_size: int,
   caption_dropout: float,
-  empty_ids: Int[np.ndarray, " L"],
+  empty_ids: Int[np.ndarray, "*E L"],
   process_index: int = 0,
   process_count: int = 1,
   start: int = 0,
@@ -119,7 +120,8 @@ def _shuffled(source: PairSource, seed: int) -> grain.MapDataset:
 
 
 def _stack(pairs: list[dict[str, Any]]) -> types.PreferenceBatch:
-  return types.PreferenceBatch(*(np.stack([pair[field] for pair in pairs]) for field in _FIELDS))
+  present = (field for field in _FIELDS if field in pairs[0])
+  return types.PreferenceBatch(**{f: np.stack([pair[f] for pair in pairs]) for f in present})
 
 
 def _check(source: PairSource, seed: int, batch_size: int, step: int) -> None:

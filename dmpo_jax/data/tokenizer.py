@@ -57,16 +57,21 @@ class ClipTokenizer:
     for position, caption in enumerate(captions):
       if not isinstance(caption, str):
         raise ValueError(f"captions[{position}]: expected str, got {type(caption).__name__}")
-    encodings = self._tokenizer.encode_batch(list(captions))
-    cut = sum(bool(encoding.overflowing) for encoding in encodings)
+    ids, cut = self.encode(captions)
     if cut:
       self.truncated += cut
       warnings.warn(
-        f"{cut} of {len(encodings)} captions are longer than {self.length} tokens and were"
-        " truncated",
+        f"{cut} of {len(ids)} captions are longer than {self.length} tokens and were truncated",
         stacklevel=2,
       )
-    return np.array([encoding.ids for encoding in encodings], np.int32).reshape(-1, self.length)
+    return ids
+
+  def encode(self, captions: Sequence) -> tuple[Int[np.ndarray, "n L"], int]:
+    """Ids, and how many of the captions had to be cut; says nothing."""
+    encodings = self._tokenizer.encode_batch(list(captions))
+    cut = sum(bool(encoding.overflowing) for encoding in encodings)
+    ids = np.array([encoding.ids for encoding in encodings], np.int32)
+    return ids.reshape(-1, self.length), cut
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> ClipTokenizer:
@@ -159,22 +164,27 @@ def train_tokenizer(
   vocab = {word: position for position, word in enumerate([*words, START, END])}
   tokenizer = _assemble(vocab, merges, START, END, END)
   folder.mkdir(parents=True, exist_ok=True)
-  special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+  (folder / "merges.txt").write_text(
+    "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]), encoding="utf-8"
+  )
+  write_settings(folder, END)
+  tokenizer.save(str(folder / "tokenizer.json"))
+  _write_json(folder / "vocab.json", vocab)
+  return load_tokenizer(folder)
+
+
+def write_settings(folder: pathlib.Path, pad_token: str) -> None:
+  """Writes special_tokens_map.json and tokenizer_config.json of a CLIP tokenizer."""
+  special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
   settings = {
     "add_prefix_space": False,
     "do_lower_case": True,
     "errors": "replace",
     "model_max_length": CONTEXT_LENGTH,
     "tokenizer_class": "CLIPTokenizer",
-  } | special
-  (folder / "merges.txt").write_text(
-    "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]), encoding="utf-8"
-  )
+  }
   _write_json(folder / "special_tokens_map.json", special)
-  _write_json(folder / "tokenizer_config.json", settings)
-  tokenizer.save(str(folder / "tokenizer.json"))
-  _write_json(folder / "vocab.json", vocab)
-  return load_tokenizer(folder)
+  _write_json(folder / "tokenizer_config.json", settings | special)
 
 
 def _normalizer() -> normalizers.Normalizer:

@@ -1,6 +1,7 @@
 """CLIP's text encoder in Flax linen (Radford et al., arXiv 2103.00020); names are transformers'."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,13 @@ from dmpo_jax.models import fields, layers
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-  """The fields of transformers' CLIPTextConfig that change the network."""
+  """The fields of transformers' CLIPTextConfig that change the network.
+
+  Attributes:
+    eos_token_id: 2 is what configurations said by mistake until transformers 4.31; it stands for
+      the largest id of the vocabulary.
+    projection_dim: width of the projected pooled state; None without projection.
+  """
 
   vocab_size: int
   hidden_size: int
@@ -23,12 +30,26 @@ class CLIPTextConfig:
   max_position_embeddings: int
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
+  eos_token_id: int = 49407  # transformers' default
+  projection_dim: int | None = None
 
   def __post_init__(self):
-    if self.hidden_act not in ACTIVATIONS:
-      raise ValueError(
-        f"hidden_act {self.hidden_act!r} is not implemented; expected one of {sorted(ACTIVATIONS)}"
-      )
+    check_encoder(self)
+
+
+class TextOutputs(NamedTuple):
+  """What Stable Diffusion takes from its text encoder, float32.
+
+  Attributes:
+    last_hidden_state: after the final layer norm: the prompt embedding of SD 1 and 2.
+    penultimate_hidden_state: what enters the last layer, without a norm: SDXL's prompt embedding.
+    text_embeds: the state after the final norm at the first end-of-text token, projected if the
+      model has a projection: SDXL's pooled prompt embedding.
+  """
+
+  last_hidden_state: Float[Array, "B L D"]
+  penultimate_hidden_state: Float[Array, "B L D"]
+  text_embeds: Float[Array, "B P"]
 
 
 def quick_gelu(x):
@@ -41,27 +62,66 @@ ACTIVATIONS = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
 }
 
-# Fields of transformers' config.json without effect on inference with the last hidden state.
+
+def check_encoder(config: Any) -> None:
+  """Refuses what `EncoderLayer` cannot be built from.
+
+  Raises:
+    ValueError: the activation is not implemented, the heads do not divide the width, or there is no
+      layer.
+  """
+  if config.hidden_act not in ACTIVATIONS:
+    raise ValueError(
+      f"hidden_act {config.hidden_act!r} is not implemented; expected one of {sorted(ACTIVATIONS)}"
+    )
+  if config.hidden_size % config.num_attention_heads:
+    raise ValueError(
+      f"num_attention_heads: {config.num_attention_heads} heads do not divide hidden_size "
+      f"{config.hidden_size}"
+    )
+  if config.num_hidden_layers < 1:
+    raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}; expected at least 1")
+
+
+# Fields of transformers' config.json without effect on inference.
 WITHOUT_EFFECT = (
-  "architectures attention_dropout bos_token_id dtype eos_token_id initializer_factor "
-  "initializer_range model_type pad_token_id projection_dim torch_dtype transformers_version"
+  "bos_token_id dtype initializer_factor initializer_range model_type pad_token_id torch_dtype "
+  "transformers_version"
 ).split()
+PROJECTED = ("CLIPTextModelWithProjection",)
+NEUTRAL = {
+  # None: transformers names no class in a configuration that it made without a model.
+  "architectures": (None, ("CLIPTextModel",), PROJECTED),
+  "attention_dropout": (0.0,),
+  "dropout": (0.0,),
+  "use_cache": (True, False),
+}
 
 
-def read_config(raw: dict, where: str = "text_encoder/config.json") -> CLIPTextConfig:
-  """Reads transformers' JSON fields; refuses by name those that are set and not implemented."""
+def read_config(raw: dict[str, Any], where: str = "text_encoder/config.json") -> CLIPTextConfig:
+  """Reads transformers' JSON fields; refuses by name those that are set and not implemented.
+
+  `architectures` decides whether there is a projection: `projection_dim` alone does not.
+  """
   relevant = {name: value for name, value in raw.items() if name not in WITHOUT_EFFECT}
-  return fields.read_fields(
-    CLIPTextConfig, relevant, {"dropout": (0.0,), "use_cache": (True, False)}, where=where
-  )
+  if tuple(raw.get("architectures") or ()) != PROJECTED:
+    relevant.pop("projection_dim", None)
+  elif relevant.get("projection_dim") is None:
+    raise ValueError(f"{where}: missing field(s) projection_dim")
+  return fields.read_fields(CLIPTextConfig, relevant, NEUTRAL, where=where)
 
 
 class EncoderLayer(nn.Module):
-  config: CLIPTextConfig
+  """Attention, then two dense layers, each after a layer norm and with a residual.
+
+  `config` is a `CLIPTextConfig`, or `clip_vision.CLIPVisionConfig`: their layers are the same.
+  """
+
+  config: Any
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x, mask):
+  def __call__(self, x, mask=None):
     c = self.config
 
     def dense(features, name):
@@ -80,15 +140,20 @@ class EncoderLayer(nn.Module):
     return x + dense(c.hidden_size, "mlp.fc2")(ACTIVATIONS[c.hidden_act](hidden))
 
 
+def project(pooled, features: int, dtype, *, name: str):
+  """The bias-free map into the space that CLIP's texts and images share."""
+  return nn.Dense(features, use_bias=False, dtype=dtype, name=name)(pooled)
+
+
 class CLIPTextModel(nn.Module):
-  """Token ids -> last hidden state after the final layer norm, float32. Causal, not padded-masked:
-  Stable Diffusion attends to its padding tokens too."""
+  """Token ids -> hidden states and pooled embedding. Causal, but padding is not masked: Stable
+  Diffusion attends to its padding tokens too."""
 
   config: CLIPTextConfig
   dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, input_ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+  def __call__(self, input_ids: Int[Array, "B L"]) -> TextOutputs:
     c, length = self.config, input_ids.shape[1]
     if length > c.max_position_embeddings:
       raise ValueError(
@@ -107,8 +172,24 @@ class CLIPTextModel(nn.Module):
     x = tokens(input_ids) + positions(jnp.arange(length))[None]
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
     for i in range(c.num_hidden_layers):
+      penultimate = x
       x = EncoderLayer(c, self.dtype, name=f"text_model.encoder.layers.{i}")(x, mask)
-    norm = nn.LayerNorm(
+    last = nn.LayerNorm(
       epsilon=c.layer_norm_eps, dtype=self.dtype, name="text_model.final_layer_norm"
-    )
-    return norm(x).astype(jnp.float32)
+    )(x)
+    pooled = jnp.take_along_axis(last, end_of_text(input_ids, c.eos_token_id)[:, None, None], 1)
+    pooled = pooled[:, 0]
+    if c.projection_dim is not None:
+      pooled = project(pooled, c.projection_dim, self.dtype, name="text_projection")
+    return TextOutputs(*(each.astype(jnp.float32) for each in (last, penultimate, pooled)))
+
+
+def end_of_text(input_ids: Int[Array, "B L"], eos_token_id: int) -> Int[Array, " B"]:
+  """Position of the first end-of-text token, which pads as well in SD 1; 0 where there is none.
+
+  >>> end_of_text(jnp.array([[5, 1, 7, 7]]), 7).tolist()
+  [2]
+  """
+  if eos_token_id == 2:  # see `CLIPTextConfig`
+    return input_ids.argmax(axis=-1)
+  return (input_ids == eos_token_id).argmax(axis=-1)

@@ -1,8 +1,9 @@
 """Reading a diffusers/transformers JSON configuration into a frozen dataclass, strictly."""
 
 import dataclasses
+import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
 
@@ -34,8 +35,9 @@ def read_fields(
   for name, value in raw.items():
     value = tuple(value) if isinstance(value, list) else value
     if name in known:
-      if type(value) not in SCALARS.get(hints[name], {type(value)}):
-        raise ValueError(f"{where}: field {name!r} is {value!r}; expected {hints[name].__name__}")
+      if not _is_a(value, hints[name]):
+        expected = getattr(hints[name], "__name__", hints[name])
+        raise ValueError(f"{where}: field {name!r} is {value!r}; expected {expected}")
       values[name] = value
     elif name.startswith("_"):
       continue
@@ -54,6 +56,14 @@ def read_fields(
   if missing:
     raise ValueError(f"{where}: missing field(s) {', '.join(missing)}")
   return cls(**values)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+  if isinstance(hint, types.UnionType):
+    return any(_is_a(value, each) for each in get_args(hint))
+  if get_origin(hint) is tuple:
+    return type(value) is tuple and all(_is_a(each, get_args(hint)[0]) for each in value)
+  return type(value) in SCALARS.get(hint, {hint})
 
 
 def per_block(value: Any, blocks: int, name: str) -> tuple[Any, ...]:

@@ -57,8 +57,7 @@ def initial_params(
     The tree under "params": nested dicts of float32 numpy arrays.
 
   Raises:
-    ValueError: a leaf is neither kernel, embedding, bias nor scale, or a name in `zero` fits no
-      kernel.
+    ValueError: a leaf is of no kind named above, or a name in `zero` fits no kernel.
 
   >>> params = initial_params(nn.Dense(2), 0, np.zeros((1, 2), np.float32))
   >>> params["bias"].tolist()
@@ -91,11 +90,12 @@ def _fill(seed: int, path: str, kind: str, shape: tuple[int, ...]) -> np.ndarray
     return np.zeros(shape, np.float32)
   if kind == "kernel":
     std = np.prod(shape[:-1]) ** -0.5  # the last axis of a linen kernel is the output
-  elif kind == "embedding":
+  elif kind in ("embedding", "class_embedding"):
     std = EMBEDDING_STD
   else:
     raise ValueError(
-      f"{path}: no initialiser for {kind!r}; expected kernel, bias, scale, embedding"
+      f"{path}: no initialiser for {kind!r}; expected kernel, bias, scale, embedding or "
+      "class_embedding"
     )
   generator = np.random.default_rng((seed, zlib.crc32(path.encode())))
   return np.float32(std) * generator.standard_normal(shape, np.float32)

@@ -1,25 +1,35 @@
 """UNet2DConditionModel of Stable Diffusion in Flax linen (Rombach et al., arXiv 2112.10752).
 
+SDXL's (Podell et al., 2307.01952) and InstructPix2Pix's (Brooks et al., 2211.09800) are the same.
 Configured by the fields of diffusers' `unet/config.json`; joining the names of a parameter's path
 with dots gives diffusers' key. NHWC inside.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
+from dmpo_jax import types
 from dmpo_jax.models import fields, layers
+
+TIME_IDS = 6  # numbers in SDXL's size and crop conditioning, see `types.AddedConditions`
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-  """The fields of diffusers' UNet2DConditionModel that Stable Diffusion 1.x and 2.x use.
+  """The fields of diffusers' UNet2DConditionModel that Stable Diffusion 1, 2 and XL use.
 
   `attention_head_dim` holds the *number of heads* (per block), as in diffusers' SD configs.
+
+  Attributes:
+    addition_embed_type: "text_time": SDXL's conditioning on `types.AddedConditions`; None: none.
+    addition_time_embed_dim: width of the embedding of each of the six time_ids.
+    projection_class_embeddings_input_dim: of all six and the pooled prompt embedding together.
   """
 
   in_channels: int
@@ -37,6 +47,9 @@ class UNetConfig:
   transformer_layers_per_block: int | tuple[int, ...] = 1
   flip_sin_to_cos: bool = True
   freq_shift: int = 0
+  addition_embed_type: str | None = None
+  addition_time_embed_dim: int | None = None
+  projection_class_embeddings_input_dim: int | None = None
 
   def __post_init__(self):
     blocks = len(self.block_out_channels)
@@ -57,6 +70,42 @@ class UNetConfig:
     for channels, heads, _ in zip(self.block_out_channels, self.heads, self.depths, strict=True):
       if channels % heads:
         raise ValueError(f"attention_head_dim: {heads} heads do not divide {channels} channels")
+    self._check_addition()
+
+  def _check_addition(self):
+    names = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    if self.addition_embed_type not in (None, "text_time"):
+      raise ValueError(
+        f"addition_embed_type: {self.addition_embed_type!r} is not implemented; expected None or "
+        "'text_time'"
+      )
+    for name in names:
+      if (getattr(self, name) is None) != (self.addition_embed_type is None):
+        expected = "None" if self.addition_embed_type is None else "a width"
+        raise ValueError(
+          f"{name} is {getattr(self, name)}; expected {expected}, as addition_embed_type is "
+          f"{self.addition_embed_type!r}"
+        )
+    if self.addition_embed_type is None:
+      return
+    if self.addition_time_embed_dim % 2:
+      raise ValueError(
+        f"addition_time_embed_dim is {self.addition_time_embed_dim}; expected an even number: "
+        "as many sines as cosines"
+      )
+    if self.text_embeds_dim < 1:
+      raise ValueError(
+        f"projection_class_embeddings_input_dim is {self.projection_class_embeddings_input_dim}; "
+        f"expected more than {TIME_IDS} times the addition_time_embed_dim "
+        f"{self.addition_time_embed_dim}"
+      )
+
+  @property
+  def text_embeds_dim(self) -> int | None:
+    """Width of the pooled prompt embedding in `types.AddedConditions`; None: it takes none."""
+    if self.addition_embed_type is None:
+      return None
+    return self.projection_class_embeddings_input_dim - TIME_IDS * self.addition_time_embed_dim
 
   @property
   def heads(self) -> tuple[int, ...]:
@@ -78,9 +127,7 @@ class UNetConfig:
 # Fields of diffusers' config.json that we do not implement, at the values that switch them off.
 NEUTRAL = {
   "act_fn": ("silu",),
-  "addition_embed_type": (None,),
   "addition_embed_type_num_heads": (64,),
-  "addition_time_embed_dim": (None,),
   "attention_type": ("default",),
   "center_input_sample": (False,),
   "class_embed_type": (None,),
@@ -99,7 +146,6 @@ NEUTRAL = {
   "num_attention_heads": (None,),
   "num_class_embeds": (None,),
   "only_cross_attention": (False,),
-  "projection_class_embeddings_input_dim": (None,),
   "resnet_out_scale_factor": (1.0,),
   "resnet_skip_time_act": (False,),
   "resnet_time_scale_shift": ("default",),
@@ -119,11 +165,12 @@ def read_config(raw: dict, where: str = "unet/config.json") -> UNetConfig:
 
 
 def timestep_embedding(
-  timesteps: Int[Array, " B"], dim: int, *, flip_sin_to_cos: bool, freq_shift: int
+  timesteps: Real[Array, " B"], dim: int, *, flip_sin_to_cos: bool, freq_shift: int
 ) -> Float[Array, "B dim"]:
   """Sinusoidal embedding of timesteps in [0, T), float32 (diffusers `get_timestep_embedding`).
 
-  Frequencies are 10000^(-i / (dim/2 - freq_shift)); cosines come first if `flip_sin_to_cos`.
+  Frequencies are 10000^(-i / (dim/2 - freq_shift)); cosines come first if `flip_sin_to_cos`. SDXL
+  embeds its sizes, in pixels, in the same way.
   """
   half = dim // 2
   exponents = -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
@@ -293,6 +340,7 @@ class UpBlock2D(nn.Module):
 class UNet2DConditionModel(nn.Module):
   """Predicts the noise (or v, or x0: what the scheduler's `prediction_type` says).
 
+  `added` is for models with `addition_embed_type` "text_time", and those need it.
   `dtype` is the compute type; the output is float32 so that errors are formed in float32.
   """
 
@@ -303,8 +351,9 @@ class UNet2DConditionModel(nn.Module):
   def __call__(
     self,
     latents: Float[Array, "B h w c"],
-    timesteps: Int[Array, " B"],
+    timesteps: Int[Array, " B"] | Float[Array, " B"],
     prompt_embeds: Float[Array, "B L D"],
+    added: types.AddedConditions | None = None,
   ) -> Float[Array, "B h w out"]:
     c, dtype = self.config, self.dtype
     fields.check_width("latents", latents.shape[-1], "in_channels", c.in_channels)
@@ -313,10 +362,17 @@ class UNet2DConditionModel(nn.Module):
     )
     widths = c.block_out_channels
     last = len(widths) - 1
-    temb = timestep_embedding(
-      timesteps, widths[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
+    sinusoids = functools.partial(
+      timestep_embedding, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
     )
-    temb = TimestepEmbedding(4 * widths[0], dtype, name="time_embedding")(temb.astype(dtype))
+    temb = sinusoids(timesteps, widths[0]).astype(dtype)
+    temb = TimestepEmbedding(4 * widths[0], dtype, name="time_embedding")(temb)
+    check_added(c, added)
+    if added is not None:
+      sizes = sinusoids(added.time_ids.reshape(-1), c.addition_time_embed_dim)
+      sizes = sizes.reshape(added.time_ids.shape[0], -1)
+      more = jnp.concatenate([added.text_embeds.astype(jnp.float32), sizes], axis=-1).astype(dtype)
+      temb = temb + TimestepEmbedding(4 * widths[0], dtype, name="add_embedding")(more)
     context = prompt_embeds.astype(dtype)
 
     x = layers.conv3x3(widths[0], dtype, name="conv_in")(latents.astype(dtype))
@@ -336,3 +392,25 @@ class UNet2DConditionModel(nn.Module):
       x = block(x, skips, temb, context)
     x = nn.silu(layers.GroupNorm(c.norm_num_groups, c.norm_eps, dtype, name="conv_norm_out")(x))
     return layers.conv3x3(c.out_channels, dtype, name="conv_out")(x).astype(jnp.float32)
+
+
+def check_added(config: UNetConfig, added: types.AddedConditions | None) -> None:
+  """Refuses conditions that a model of `config` does not take, or takes and does not get.
+
+  Raises:
+    ValueError: `added` is missing, superfluous or of another width.
+  """
+  if (added is None) != (config.addition_embed_type is None):
+    state, expected = ("missing", "them") if added is None else ("given", "none")
+    raise ValueError(
+      f"added conditions (text_embeds, time_ids) are {state}; expected {expected}, as the model's "
+      f"addition_embed_type is {config.addition_embed_type!r}"
+    )
+  if added is not None:
+    fields.check_width(
+      "added text_embeds",
+      added.text_embeds.shape[-1],
+      "projection_class_embeddings_input_dim without time_ids",
+      config.text_embeds_dim,
+    )
+    fields.check_width("added time_ids", added.time_ids.shape[-1], "number of time_ids", TIME_IDS)
