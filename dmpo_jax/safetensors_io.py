@@ -349,7 +349,22 @@ def _open(file: pathlib.Path) -> dict[str, Tensor]:
 def _reader(file: pathlib.Path, name: str) -> Callable[[], np.ndarray]:
   # Opened anew for each tensor: a file that stays mapped stays in memory, page by page, as it is
   # read, beside the arrays that are made of it.
-  return lambda: _handle(file).get_tensor(name)
+  identity = _identity(file)
+
+  def read():
+    if _identity(file) != identity:
+      raise ValueError(f"{file}: changed since it was opened; expected it to stay: start again")
+    return _handle(file).get_tensor(name)
+
+  return read
+
+
+def _identity(file: pathlib.Path) -> tuple[int, int, int] | None:
+  try:
+    status = file.stat()
+  except OSError:
+    return None
+  return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _open_shards(index: pathlib.Path) -> Tensors:

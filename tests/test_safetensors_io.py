@@ -213,10 +213,13 @@ def test_a_packed_type_is_refused(tmp_path):
 def test_a_save_replaces_the_file_and_does_not_write_into_it(tmp_path):
   file = tmp_path / "model.safetensors"
   safetensors_io.save_safetensors(file, {"x": np.zeros(2)})
-  opened = safetensors_io.load_safetensors(file)
-  safetensors_io.save_safetensors(file, {"x": np.ones(2)})
-  assert opened["x"].tolist() == [0, 0]
+  before, opened = file.read_bytes(), safetensors_io.load_safetensors(file)
+  with file.open("rb") as reader:
+    safetensors_io.save_safetensors(file, {"x": np.ones(2)})
+    assert reader.read() == before
   assert safetensors_io.load_safetensors(file)["x"].tolist() == [1, 1]
+  with pytest.raises(ValueError, match="model.safetensors: changed since it was opened"):
+    opened["x"]
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path):

@@ -105,7 +105,7 @@ def test_errors_equal_float64_numpy(tiny_base):
   generator = np.random.default_rng(0)
   latents, noise = generator.standard_normal((2, 3, 4, 4, 4), np.float32)
   timesteps = np.array([0, 400, 999])
-  embeds = generator.standard_normal((3, 77, 16), np.float32)
+  embeds = types.Conditions(jnp.asarray(generator.standard_normal((3, 77, 16), np.float32)))
   params = base.params["unet"]
   errors = jax.jit(functools.partial(objectives.squared_errors, denoiser))
   got = errors(params, latents, noise, timesteps, embeds)
