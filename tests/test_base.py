@@ -16,6 +16,8 @@ from dmpo_jax import base as base_lib
 from dmpo_jax import export, hub, types
 from dmpo_jax.data import tokenizer as tokenizer_lib
 
+pytestmark = pytest.mark.slow  # a base of each kind is made and read several times
+
 
 @pytest.fixture(scope="module", params=list(tiny.KINDS))
 def folder(request, tmp_path_factory):

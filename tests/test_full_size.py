@@ -17,6 +17,8 @@ from dmpo_jax.models import clip, clip_vision, init, unet, vae
 AXES_TO_TORCH = {("kernel", 4): (3, 2, 0, 1), ("kernel", 2): (1, 0)}
 TENSOR = {"class_embedding": "class_embedding", "bias": "bias"}  # all others are "weight"
 
+pytestmark = pytest.mark.slow  # every test traces a model of full size
+
 
 def tensors_of(shapes):
   """Name and shape of every tensor; `weights` would need the arrays, gigabytes of them."""
@@ -59,7 +61,7 @@ def unet_shapes(raw):
     pytest.param(torch_models.UNET_SD15_FULL, 859_520_964, id="sd15"),
     pytest.param(torch_models.UNET_SD21_FULL, 865_910_724, id="sd21"),
     pytest.param(torch_models.UNET_IP2P_FULL, 859_532_484, id="ip2p"),
-    pytest.param(torch_models.UNET_SDXL_FULL, 2_567_463_684, id="sdxl", marks=pytest.mark.slow),
+    pytest.param(torch_models.UNET_SDXL_FULL, 2_567_463_684, id="sdxl"),
   ],
 )
 def test_unet_has_diffusers_tensors(raw, parameters):

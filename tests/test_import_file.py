@@ -7,6 +7,8 @@ import tiny
 from dmpo_jax import base as base_lib
 from dmpo_jax import cli, export, import_file, safetensors_io
 
+pytestmark = pytest.mark.slow  # a base of each kind is made and read several times
+
 
 @pytest.fixture(scope="module", params=list(tiny.KINDS))
 def single(request, tmp_path_factory):

@@ -367,6 +367,7 @@ def test_clip_of_one_layer_has_the_embeddings_as_penultimate_state():
   np.testing.assert_array_equal(got.text_embeds, got.last_hidden_state[:, 2])
 
 
+@pytest.mark.slow
 def test_clip_in_bfloat16_returns_float32():
   ours = clip.CLIPTextModel(clip.read_config(PROJECTED), jnp.bfloat16)
   input_ids = jnp.array([[48, 7, 49]])

@@ -295,6 +295,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files_are_drawn_as_by_diffusers(name, sampler, same_noise):
@@ -346,6 +347,7 @@ def variants(sampler):
     yield dict(zip(names, combination, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timestep_spacing", diffusion.TIMESTEP_SPACINGS)
 @pytest.mark.parametrize(
   "sampler, prediction_type",
@@ -371,6 +373,7 @@ def test_guided_trajectory_is_that_of_diffusers(
   "sampler, steps",
   [*(("pndm", n) for n in (1, 2, 3, 5)), *(("dpmpp_2m", n) for n in (1, 2, 14, 15))],
 )
+@pytest.mark.slow
 def test_short_trajectories_start_and_end_as_in_diffusers(sampler, steps, same_noise):
   """Where a multistep method has too few steps behind it, or falls back at its end."""
   for final, lower, euler in itertools.product(["zero", "sigma_min"], [True, False], [True, False]):
@@ -406,6 +409,7 @@ def test_unguided_trajectory_is_that_of_diffusers():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral", "dpmpp_2m"])
+@pytest.mark.slow
 def test_networks_that_say_the_same_in_other_words_draw_the_same(sampler):
   """Also where diffusers does not take a type: euler_ancestral and "sample"."""
   drawn = [
@@ -559,6 +563,7 @@ def run_gaussian(noise, steps, mean, deviation, sampler, prediction_type="epsilo
     ("pndm", "epsilon", 16),
   ],
 )
+@pytest.mark.slow
 def test_steps_converge_to_the_exact_flow(sampler, prediction_type, gain):
   """The probability flow of a Gaussian is affine: z = (x_T - signal mean) / std_T stays put, so
   that x_0 = mean + deviation z. Eight times the steps divide the error by 8 in a first-order
@@ -576,6 +581,7 @@ def test_steps_converge_to_the_exact_flow(sampler, prediction_type, gain):
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.slow
 def test_samples_have_the_mean_and_deviation_of_the_data(sampler):
   noise = np.random.default_rng(3).standard_normal((4096, 2, 2, 1), np.float32)
   for mean, deviation in ((1.5, 0.4), (0.0, 2.0)):
