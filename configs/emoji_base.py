@@ -101,6 +101,7 @@ def _run(method, *, steps, batch_size, rate, kl_weight=None, ema=0.0, power=1.0)
       divergence=None,
       order=None,
       kl_weight=kl_weight,
+      labels=None,
     ),
     data=dict(
       dataset="emoji_choice/top160",

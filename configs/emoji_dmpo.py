@@ -27,6 +27,7 @@ def get_config():
   config.objective.method = "dmpo"  # dmpo, dpo, fpo or ipo
   config.objective.beta = 1000.0  # mean-form errors: kappa = beta / 2
   config.objective.alpha = 0.01  # loser's mass in the smoothed label, (0, 0.5)
+  config.objective.labels = "hard"  # or soft: no surer than the data's p_choice
   config.objective.label_smoothing = config_dict.placeholder(float)  # dpo
   config.objective.divergence = config_dict.placeholder(str)  # fpo
   config.objective.order = config_dict.placeholder(float)  # fpo with divergence "alpha"

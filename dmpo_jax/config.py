@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 METHODS = {  # method -> the objective's fields that it reads
-  "dmpo": ("beta", "alpha"),
-  "dpo": ("beta", "label_smoothing"),
-  "fpo": ("beta", "alpha", "divergence", "order"),
+  "dmpo": ("beta", "alpha", "labels"),
+  "dpo": ("beta", "label_smoothing", "labels"),
+  "fpo": ("beta", "alpha", "divergence", "order", "labels"),
   "ipo": ("beta",),
   "denoise": (),
   "autoencoder": ("kl_weight",),
@@ -25,7 +25,12 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """What is minimised. Fields that the method does not read must be None."""
+  """What is minimised. Fields that the method does not read must be None.
+
+  Attributes:
+    labels: hard, every pair's label as sure as alpha (or label_smoothing) allows; or soft, no surer
+      than the data's p_choice.
+  """
 
   method: str
   beta: float | None
@@ -34,6 +39,7 @@ class ObjectiveConfig:
   divergence: str | None
   order: float | None
   kl_weight: float | None
+  labels: str | None
 
   def __post_init__(self):
     _check_choice("objective.method", self.method, METHODS)
@@ -51,6 +57,8 @@ class ObjectiveConfig:
           f"objective.{field.name}: method {self.method!r} does not read it; expected None, "
           f"got {value!r}"
         )
+    if self.labels is not None:
+      _check_choice("objective.labels", self.labels, ("hard", "soft"))
     if self.beta is not None:
       _check_positive("objective.beta", self.beta)
     if self.kl_weight is not None:

@@ -110,6 +110,7 @@ def dmpo_loss(
   *,
   beta: float,
   alpha: float,
+  p_choice: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, " B"], LossParts]:
   """DMPO: reverse KL from the policy's preference to the smoothed label.
 
@@ -131,6 +132,9 @@ def dmpo_loss(
   Args:
     err_w, err_l, ref_err_w, ref_err_l, beta: as in `margin`.
     alpha: the loser's mass in the smoothed label, in (0, 0.5). Public baselines use 0.01.
+    p_choice: soft labels: the probability, [0.5, 1], that people choose the winner. The loser's
+      mass is then max(alpha, 1 - p_choice), each pair's own, and the target margin m the log-odds
+      of the choice: alpha bounds how sure a label may be. None: as sure as alpha allows.
 
   Returns:
     The loss in nats, in [0, -log(alpha)], and its parts.
@@ -150,7 +154,8 @@ def dmpo_loss(
   _check_alpha(alpha)
   u = margin(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
   p, log_p, one_minus_p, log_one_minus_p = _preference(u)
-  log_q_w, log_q_l = jnp.log1p(-alpha), jnp.log(alpha)
+  mass = _loser_mass(alpha, p_choice)
+  log_q_w, log_q_l = jnp.log1p(-mass), jnp.log(mass)
   loss = p * (log_p - log_q_w) + one_minus_p * (log_one_minus_p - log_q_l)
   slope = p * one_minus_p * (u - (log_q_w - log_q_l))
   return loss, _collect_parts(u, slope, err_w, err_l, ref_err_w, ref_err_l)
@@ -164,6 +169,7 @@ def dpo_loss(
   *,
   beta: float,
   label_smoothing: float,
+  p_choice: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, " B"], LossParts]:
   """Diffusion-DPO: cross-entropy of the policy's preference against the label.
 
@@ -177,6 +183,7 @@ def dpo_loss(
   Args:
     err_w, err_l, ref_err_w, ref_err_l, beta: as in `margin`.
     label_smoothing: the loser's mass in the label, in [0, 0.5). 0 is Diffusion-DPO itself.
+    p_choice: soft labels as in `dmpo_loss`, s = max(label_smoothing, 1 - p_choice).
 
   Returns:
     The loss in nats, log 2 at the reference, growing like (1-s) |u| on misranked pairs; and its
@@ -195,9 +202,10 @@ def dpo_loss(
   """
   _check_label_smoothing(label_smoothing)
   u = margin(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
-  keep = 1.0 - label_smoothing
-  loss = -keep * jax.nn.log_sigmoid(u) - label_smoothing * jax.nn.log_sigmoid(-u)
-  slope = label_smoothing * jax.nn.sigmoid(u) - keep * jax.nn.sigmoid(-u)
+  mass = _loser_mass(label_smoothing, p_choice)
+  keep = 1.0 - mass
+  loss = -keep * jax.nn.log_sigmoid(u) - mass * jax.nn.log_sigmoid(-u)
+  slope = mass * jax.nn.sigmoid(u) - keep * jax.nn.sigmoid(-u)
   return loss, _collect_parts(u, slope, err_w, err_l, ref_err_w, ref_err_l)
 
 
@@ -259,6 +267,7 @@ def fpo_loss(
   alpha: float,
   divergence: str,
   a: float | None = None,
+  p_choice: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, " B"], LossParts]:
   """f-PO: an f-divergence between the policy's preference and the smoothed label.
 
@@ -293,6 +302,7 @@ def fpo_loss(
     divergence: one of `DIVERGENCES`.
     a: order of the alpha-divergence, any finite number; not `alpha`. Given exactly when
       divergence is "alpha".
+    p_choice: soft labels, as in `dmpo_loss`.
 
   Returns:
     The loss, >= 0 (nats where logarithms enter), and its parts.
@@ -316,8 +326,9 @@ def fpo_loss(
   chosen = _choose_divergence(divergence, a)
   u = margin(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
   p, log_p, one_minus_p, log_one_minus_p = _preference(u)
-  winner = _Masses(p, log_p, 1.0 - alpha, jnp.log1p(-alpha))
-  loser = _Masses(one_minus_p, log_one_minus_p, alpha, jnp.log(alpha))
+  mass = _loser_mass(alpha, p_choice)
+  winner = _Masses(p, log_p, 1.0 - mass, jnp.log1p(-mass))
+  loser = _Masses(one_minus_p, log_one_minus_p, mass, jnp.log(mass))
   loss = chosen.term(winner) + chosen.term(loser)
   slope = one_minus_p * chosen.weighted_derivative(winner) - p * chosen.weighted_derivative(loser)
   return loss, _collect_parts(u, slope, err_w, err_l, ref_err_w, ref_err_l)
@@ -365,6 +376,11 @@ def peak_gradient_weight(loss: Callable[..., tuple[Array, LossParts]]) -> float:
   # One per cent is far above float32's noise and far below any growth that matters.
   growing = max(far_left, far_right) > 1.01 * max(left, right)
   return centre if growing or math.isinf(peak) else peak
+
+
+def _loser_mass(floor: float, p_choice: Array | None) -> Array | float:
+  """The loser's mass in the label: `floor`, or more where people disagree."""
+  return floor if p_choice is None else jnp.maximum(floor, 1.0 - p_choice)
 
 
 def _preference(u: Array) -> tuple[Array, Array, Array, Array]:

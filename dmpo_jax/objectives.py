@@ -90,6 +90,7 @@ class PairExamples(NamedTuple):
   latents: Float[Array, "B 2 h w c"]  # winner, loser
   noising: diffusion.Noising
   input_ids: Int[Array, "B *E L"]
+  p_choice: Float[Array, " B"] | None
   time_ids: Float[Array, "B 6"] | None
   image_latents: Float[Array, "B h w c"] | None
 
@@ -100,6 +101,7 @@ def preference_objective(
   *,
   peak_weight: float,
   timestep_power: float = 1.0,
+  soft_labels: bool = False,
 ) -> train_step.Objective:
   """A loss on pairs against a frozen reference: policy parameters are trained, nothing else.
 
@@ -114,6 +116,7 @@ def preference_objective(
     loss_fn: (err_w, err_l, ref_err_w, ref_err_l) -> (loss [B], parts), from `losses`.
     peak_weight: the largest |dL/du| of `loss_fn`, for the dead-zone share.
     timestep_power: see `diffusion.sample_noising`.
+    soft_labels: whether `loss_fn` is given each pair's `p_choice` besides.
   """
 
   def draw(batch: types.PreferenceBatch, key) -> PairExamples:
@@ -127,7 +130,14 @@ def preference_objective(
     image_latents = None
     if batch.source_moments is not None:
       image_latents, _ = vae.split_moments(batch.source_moments)
-    return PairExamples(latents, noising, batch.input_ids, batch.time_ids, image_latents)
+    return PairExamples(
+      latents,
+      noising,
+      batch.input_ids,
+      batch.p_choice if soft_labels else None,
+      batch.time_ids,
+      image_latents,
+    )
 
   def loss(params, frozen: Frozen, examples: PairExamples):
     conditions = denoiser.embed(frozen.text_encoders, examples.input_ids, examples.time_ids)
@@ -151,7 +161,8 @@ def preference_objective(
       return forward(kernels, latents, noise, timesteps, both).reshape(-1, 2)
 
     err, ref_err = errors(policy), jax.lax.stop_gradient(errors(reference))
-    values, parts = loss_fn(err[:, 0], err[:, 1], ref_err[:, 0], ref_err[:, 1])
+    labels = {"p_choice": examples.p_choice} if soft_labels else {}
+    values, parts = loss_fn(err[:, 0], err[:, 1], ref_err[:, 0], ref_err[:, 1], **labels)
     metrics = {name: value for name, value in parts._asdict().items() if name != "gradient_weight"}
     metrics["dead_zone"] = (parts.gradient_weight < DEAD_ZONE * peak_weight).astype(jnp.float32)
     metrics["denoising_loss"] = err.mean(axis=1)

@@ -108,6 +108,7 @@ def preference_task(
     loss_fn,
     peak_weight=losses.peak_gradient_weight(loss_fn),
     timestep_power=config.data.timestep_power,
+    soft_labels=config.objective.labels == "soft",
   )
   source, seed = encoded.splits["train"], config.seed
   if len(source) < config.batch_size:

@@ -40,6 +40,7 @@ class PreferenceBatch(NamedTuple):
   """Pairs: one caption, the preferred image (w) and the dispreferred one (l).
 
   Attributes:
+    p_choice: probability, [0.5, 1], that people choose the preferred image; for soft labels.
     time_ids: SDXL only, see `AddedConditions`.
     source_moments: InstructPix2Pix only: of the image to edit.
   """
@@ -47,6 +48,7 @@ class PreferenceBatch(NamedTuple):
   moments_w: Float[Array, "B h w c2"]
   moments_l: Float[Array, "B h w c2"]
   input_ids: Int[Array, "B *E L"]
+  p_choice: Float[Array, " B"] | None = None
   time_ids: Float[Array, "B 6"] | None = None
   source_moments: Float[Array, "B h w c2"] | None = None
 

@@ -132,13 +132,14 @@ def test_overrides_reach_the_stages_of_the_base_recipe():
 
 
 def test_every_method_can_be_chosen_on_the_command_line():
-  clear = "--config.objective.alpha=None"
+  clear, hard = "--config.objective.alpha=None", "--config.objective.labels=None"
+  beta = "--config.objective.beta=None"
   chosen = {
     "dpo": [clear, "--config.objective.label_smoothing=0.1"],
     "fpo": ["--config.objective.divergence=alpha", "--config.objective.order=0.5"],
-    "ipo": [clear],
-    "denoise": [clear, "--config.objective.beta=None"],
-    "autoencoder": [clear, "--config.objective.beta=None", "--config.objective.kl_weight=1e-3"],
+    "ipo": [clear, hard],
+    "denoise": [clear, hard, beta],
+    "autoencoder": [clear, hard, beta, "--config.objective.kl_weight=1e-3"],
   }
   for method, overrides in chosen.items():
     raw = cli.read_config(DEMO, [f"--config.objective.method={method}", *overrides])
@@ -311,6 +312,7 @@ VALUES = {
   "divergence": "js",
   "order": 0.5,
   "kl_weight": 1e-3,
+  "labels": "soft",
 }
 
 
@@ -341,10 +343,17 @@ def test_a_method_takes_exactly_the_fields_that_it_reads(demo, method):
 
 
 def test_only_some_divergences_have_an_order(demo):
-  fields = dict(beta=100.0, alpha=0.01, divergence="js")
+  fields = dict(beta=100.0, alpha=0.01, divergence="js", labels="hard")
   assert config.from_dict(with_objective(demo, method="fpo", **fields)).objective.order is None
 
 
 def test_kl_weight_must_be_positive(demo):
   raw = with_objective(demo, method="autoencoder", kl_weight=-1.0)
   assert refusal(config.from_dict, raw) == "objective.kl_weight: expected > 0 and finite, got -1.0"
+
+
+def test_labels_are_hard_or_soft(demo):
+  raw = with_objective(demo, method="dmpo", beta=100.0, alpha=0.01, labels="certain")
+  assert refusal(config.from_dict, raw) == (
+    "objective.labels: expected one of hard, soft, got 'certain'"
+  )

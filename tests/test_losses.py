@@ -652,3 +652,60 @@ def test_half_precision_errors_are_refused(dtype):
 
 def test_every_divergence_is_tested():
   assert {*losses.DIVERGENCES} == {*oracles.GENERATORS, "alpha"}
+
+
+# soft labels
+
+SOFT = {
+  "dmpo": (bind_dmpo, oracles.dmpo),
+  "dpo": (bind_dpo, oracles.dpo),
+  **{
+    name: (
+      functools.partial(bind_fpo, name),
+      functools.partial(oracles.fpo, generator=generator),
+    )
+    for name, generator in oracles.GENERATORS.items()
+  },
+}
+
+
+def soft_loss(loss, u, p_choice):
+  """Of margins u, made of the winner's error alone."""
+  zero = jnp.zeros_like(u)
+  return loss(-2 * u / BETA, zero, zero, zero, p_choice=p_choice)
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_soft_labels_are_a_label_mass_for_each_pair(name):
+  bind, oracle = SOFT[name]
+  u = np.linspace(-3, 3, 7)
+  p_choice = np.array([0.5, 0.6, 0.75, 0.9, 0.99, 0.995, 1.0])
+  mass = np.maximum(1 - p_choice, 0.01)
+  loss, _ = soft_loss(bind(0.01), jnp.float32(u), jnp.float32(p_choice))
+  # 2e-5: float32 masses of 0.01, magnified by the divergences that divide by them.
+  expected = [oracle(x, m) for x, m in zip(u, mass, strict=True)]
+  np.testing.assert_allclose(loss, np.ravel(expected), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_certain_labels_are_the_hard_ones(name):
+  loss = SOFT[name][0](0.01)
+  u, zero = jnp.linspace(-5, 5, 11), jnp.zeros(11)
+  hard, _ = loss(-2 * u / BETA, zero, zero, zero)
+  soft, _ = soft_loss(loss, u, jnp.ones(11))
+  # 1e-6: the label's mass is rounded to float32 before or after it is taken from 1.
+  np.testing.assert_allclose(soft, hard, rtol=1e-6)
+
+
+def test_the_target_margin_is_the_log_odds_of_the_choice():
+  """And alpha bounds it: beyond it every label asks for log((1 - alpha) / alpha)."""
+  p_choice = np.array([0.6, 0.8, 0.95, 1.0])
+  target = np.minimum(np.log(p_choice / np.maximum(1 - p_choice, 1e-9)), np.log(0.9 / 0.1))
+  loss, parts = soft_loss(bind_dmpo(0.1), jnp.float32(target), jnp.float32(p_choice))
+  np.testing.assert_allclose(loss, 0, atol=1e-6)
+  np.testing.assert_allclose(parts.gradient_weight, 0, atol=1e-6)
+
+
+def test_an_even_choice_pulls_to_the_reference():
+  loss, parts = soft_loss(bind_dmpo(), jnp.zeros(1), jnp.full(1, 0.5))
+  assert float(loss[0]) == 0.0 and float(parts.gradient_weight[0]) == 0.0

@@ -213,6 +213,7 @@ def test_reconstruction_loss_equals_float64_numpy(tiny_base):
         "objective.kl_weight": 0.1,
         "objective.beta": None,
         "objective.alpha": None,
+        "objective.labels": None,
       },
     ),
     base,
@@ -228,3 +229,15 @@ def test_reconstruction_loss_equals_float64_numpy(tiny_base):
   kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar)
   expected = ((decoded - images) ** 2).mean((1, 2, 3)) + 0.1 * kl.mean((1, 2, 3))
   np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_soft_labels_reach_the_loss(tiny_base, tiny_data):
+  """The loss at step 0 is KL((1/2, 1/2) || (1-a, a)), a = max(alpha, 1 - p_choice) of each pair."""
+  config, base, task = make_task(tiny_base, tiny_data, **{"objective.labels": "soft"})
+  batch = batch_of(config, base, tiny_data)
+  assert batch.p_choice.shape == (16,) and len(set(batch.p_choice.tolist())) > 4
+  loss, _ = jax.jit(task.objective.loss)(task.params, task.frozen, examples_of(task, batch))
+  mass = np.maximum(config.objective.alpha, 1 - batch.p_choice.astype(np.float64))
+  # 1e-5: float32 logarithms of 1 - p_choice.
+  np.testing.assert_allclose(loss, 0.5 * np.log(1 / (4 * mass * (1 - mass))), rtol=1e-5)
