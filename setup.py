@@ -1,4 +1,4 @@
-"""Installation of dmpo_jax: `pip install .`, with the extras tpu, cuda, diffusers and test."""
+"""Installation: `pip install .`, with the extras tpu, cuda, diffusers, beam and test."""
 
 import pathlib
 import re
@@ -42,6 +42,7 @@ setuptools.setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
     "pillow>=10",
+    "pyarrow>=15",
     "safetensors>=0.6",
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.10,<5",
@@ -56,6 +57,8 @@ setuptools.setup(
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda12]>=0.10,<0.13"],
     "diffusers": DIFFUSERS,
+    # An environment of its own: apache-beam wants older versions of protobuf and pyarrow.
+    "beam": ["apache-beam>=2.60"],
     "test": [
       # One CPU wheel on every platform; a range would pull gigabytes of CUDA.
       "torch==2.13.0",
@@ -63,6 +66,7 @@ setuptools.setup(
       "transformers>=4.57",
       "peft>=0.17",  # with which diffusers reads LoRA files
       "beartype>=0.19",
+      "hypothesis>=6.100",
       "pytest>=8",
       "ruff>=0.9,<1",
       "scipy>=1.13",

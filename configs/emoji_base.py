@@ -105,6 +105,11 @@ def _run(method, *, steps, batch_size, rate, kl_weight=None, ema=0.0, power=1.0)
     ),
     data=dict(
       dataset="emoji_choice/top160",
+      path=None,
+      resize="lanczos",
+      crop="center",
+      flip=0.0,
+      broken_limit=0.0,
       caption_dropout=0.1 if method == "denoise" else 0.0,
       timestep_power=power,
     ),

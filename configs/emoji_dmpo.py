@@ -35,6 +35,11 @@ def get_config():
 
   config.data = ml_collections.ConfigDict()
   config.data.dataset = "emoji_choice/top160"
+  config.data.path = config_dict.placeholder(str)  # where other data sets lie
+  config.data.resize = "lanczos"  # or bilinear, as Diffusion-DPO has it
+  config.data.crop = "center"
+  config.data.flip = 0.0  # letters and arrows are among them
+  config.data.broken_limit = 0.01  # share of broken rows that is let pass
   # 1: uniform timesteps, as in the paper. 4 prefers the noisy ones, where alone the caption decides
   # what is drawn: with these 256-number latents that is the last seventh of the schedule.
   config.data.timestep_power = 4.0

@@ -47,6 +47,10 @@ class Tokenizers:
       ids.append(other.encode(captions)[0])  # the first has warned of long captions
     return ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
 
+  def encode(self, captions: Sequence) -> tuple[Int[np.ndarray, "n L"], int]:
+    """Ids of the first encoder, and how many captions had to be cut; says nothing."""
+    return self._tokenizers[0].encode(captions)
+
 
 @dataclasses.dataclass(frozen=True)
 class Base:

@@ -72,16 +72,31 @@ class ObjectiveConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Attributes:
-  dataset: name of the TFDS builder and its config, `emoji_choice/top160`.
+  dataset: of `data.sources.registry`: emoji_choice/top160, pairs, pickapic_v2, ...
+  path: the folder or bucket where it lies; None for emoji_choice, which comes with packages.
+  resize: filter of the short side's resizing, bilinear (as Diffusion-DPO) or lanczos.
+  crop: center, or random along the long side.
+  flip: probability in [0, 1] that a pair is mirrored, winner and loser together.
+  broken_limit: share of broken rows, [0, 1], above which `dmpo prepare` stops.
   caption_dropout: probability in [0, 1) that a pair is trained on with the empty caption.
   timestep_power: density of the training timesteps is proportional to t^(power - 1); 1: uniform.
   """
 
   dataset: str
+  path: str | None
+  resize: str
+  crop: str
+  flip: float
+  broken_limit: float
   caption_dropout: float
   timestep_power: float
 
   def __post_init__(self):
+    _check_choice("data.resize", self.resize, ("bilinear", "lanczos"))
+    _check_choice("data.crop", self.crop, ("center", "random"))
+    for name in ("flip", "broken_limit"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(f"data.{name}: expected [0, 1], got {getattr(self, name)}")
     if not 0 <= self.caption_dropout < 1:
       raise ValueError(f"data.caption_dropout: expected [0, 1), got {self.caption_dropout}")
     _check_positive("data.timestep_power", self.timestep_power)

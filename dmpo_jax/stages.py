@@ -6,7 +6,6 @@ are those of the last time.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -25,15 +24,28 @@ from PIL import Image
 
 import dmpo_jax
 from dmpo_jax import base as base_lib
-from dmpo_jax import checkpoint, evaluate, export, logs, lora, lora_files, report, tasks, train
+from dmpo_jax import (
+  checkpoint,
+  evaluate,
+  export,
+  logs,
+  lora,
+  lora_files,
+  report,
+  sharding,
+  tasks,
+  train,
+)
 from dmpo_jax import config as config_lib
-from dmpo_jax.data import encode, images
+from dmpo_jax.data import encode, geometry, images, rows, tfds_source
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 from dmpo_jax.data.emoji_choice import emoji_choice_dataset_builder as emoji_choice
 from dmpo_jax.data.emoji_choice import measure
 from dmpo_jax.data.emoji_choice import pairs as pairs_lib
+from dmpo_jax.data.sources import registry
 
 ENCODE_BATCH = 64
+EMOJI = "emoji_choice/"
 REPORT_PROMPTS = 8  # shown in the report's grids
 EVALUATION_SEED = 1  # of the sampling noise; not the seed of the base's own measurement
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
@@ -62,52 +74,91 @@ def check_settings(config: config_lib.Config) -> None:
   Raises:
     ValueError: names the field.
   """
-  check_dataset(config.data.dataset)
+  check_dataset(config.data)
   tasks.bind_loss(config.objective)
 
 
 def prepare(
   config: config_lib.Config, base: base_lib.Base, data_dir: pathlib.Path
 ) -> encode.Encoded:
-  """Builds the TFDS data set and encodes it with the base's VAE and tokenizer, or reuses both.
+  """Encodes the pairs with the base's VAE and tokenizer, goes on where it was, or reuses them.
+
+  The emoji are built as a TFDS data set first; other sources are read where they lie.
 
   Raises:
-    ValueError: an unknown data set, or `data_dir` holds latents of another base.
+    ValueError: an unknown data set, nothing of it where it should lie, too many broken rows, or
+      `data_dir` holds latents of another base or source.
   """
-  tfds.disable_progress_bar()
-  builder = make_builder(config.data.dataset, data_dir / "tfds")
-  with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads; there are none
-    builder.download_and_prepare()
-  encode_fn = jax.jit(functools.partial(base.encode, base.params["vae"]))
-  total = sum(info.num_examples for info in builder.info.splits.values())
-  with logs.progress(total, 0, "encoding pairs") as bar:
-    return encode.encode_pairs(
-      builder,
+  encode_fn = encoder(base)
+  source = open_source(config, data_dir)
+  with logs.progress(_count_shards(source), 0, "encoding shards") as bar:
+    started = time.monotonic()
+
+    def progress(pairs, shards, _):
+      bar.update(shards - bar.n)
+      bar.set_postfix_str(f"{pairs} pairs, {pairs / (time.monotonic() - started):.0f} a second")
+
+    return encode.encode_source(
+      source,
       latents_folder(config, data_dir),
-      encode_images=lambda batch: np.asarray(encode_fn(batch)),
+      encode_images=encode_fn,
       tokenize=base.tokenizer,
-      resolution=base.resolution,
+      geometry=geometry.Geometry(
+        base.resolution,
+        crop=config.data.crop,
+        flip=config.data.flip,
+        seed=config.seed,
+        resize=config.data.resize,
+      ),
       fingerprint=base.data_fingerprint(),
       batch_size=ENCODE_BATCH,
-      progress=lambda done, _: bar.update(done - bar.n),
+      time_ids=len(base.encoders) > 1,
+      broken_limit=config.data.broken_limit,
+      progress=progress,
     )
 
 
-def make_builder(dataset: str, folder: pathlib.Path) -> emoji_choice.Builder:
-  """The TFDS builder of `name/config`.
+def encoder(base: base_lib.Base) -> Callable[[np.ndarray], np.ndarray]:
+  """Pictures [n, H, W, 3] -> moments, n a multiple of the devices, which share the work."""
+  mesh = sharding.make_mesh()
+  rows = sharding.batch_sharding(mesh)
+  params = jax.device_put(base.params["vae"], sharding.replicated(mesh))
+  encode_fn = jax.jit(base.encode, in_shardings=(None, rows), out_shardings=rows)
+  return lambda batch: np.asarray(encode_fn(params, sharding.put_batch(batch, mesh)))
+
+
+def open_source(config: config_lib.Config, data_dir: pathlib.Path) -> rows.Source:
+  """The pairs of the configuration's data set.
 
   Raises:
-    ValueError: there is none of this name.
+    ValueError: an unknown data set, or nothing of it where it should lie.
   """
-  check_dataset(dataset)
-  return emoji_choice.Builder(data_dir=folder, config=dataset.split("/")[1])
+  check_dataset(config.data)
+  if not config.data.dataset.startswith(EMOJI):
+    return registry.open_source(config.data.dataset, config.data.path)
+  tfds.disable_progress_bar()
+  builder = emoji_choice.Builder(
+    data_dir=data_dir / "tfds", config=config.data.dataset.removeprefix(EMOJI)
+  )
+  with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads; there are none
+    builder.download_and_prepare()
+  return tfds_source.source_of_builder(builder)
 
 
-def check_dataset(dataset: str) -> None:
-  """Raises ValueError, naming those there are, if no builder makes `dataset`."""
-  known = [f"emoji_choice/{each.name}" for each in emoji_choice.Builder.BUILDER_CONFIGS]
-  if dataset not in known:
-    raise ValueError(f"data.dataset: expected one of {', '.join(known)}, got {dataset!r}")
+def check_dataset(config: config_lib.DataConfig) -> None:
+  """Raises ValueError if nothing is known of the data set, or it needs a path and has none."""
+  if config.dataset not in registry.SOURCES:
+    raise ValueError(
+      f"data.dataset: expected one of {', '.join(registry.SOURCES)}, got {config.dataset!r}"
+    )
+  emoji = config.dataset.startswith(EMOJI)
+  if (config.path is None) != emoji:
+    expected = "None: it comes with installed packages" if emoji else "the folder where it lies"
+    raise ValueError(f"data.path: expected {expected}, for {config.dataset}, got {config.path!r}")
+
+
+def _count_shards(source: rows.Source) -> int:
+  return sum(len(shards) for shards in source.splits.values())
 
 
 def latents_folder(config: config_lib.Config, data_dir: pathlib.Path) -> pathlib.Path:
@@ -207,7 +258,16 @@ def load_policy(base: base_lib.Base, run: pathlib.Path) -> Any:
 
 
 def emoji_of(config: config_lib.Config) -> tuple[emoji_lib.Emoji, ...]:
-  """The emoji that take part in the configuration's data set."""
+  """The emoji that take part in the configuration's data set.
+
+  Raises:
+    ValueError: it is not made of emoji, so that their measures say nothing.
+  """
+  if not config.data.dataset.startswith(EMOJI):
+    raise ValueError(
+      f"data.dataset: {config.data.dataset} cannot be measured yet: expected {EMOJI}...; look at "
+      "what the policy draws with `dmpo sample --run`"
+    )
   name = config.data.dataset.split("/")[1]
   counts = {each.name: each.count for each in emoji_choice.Builder.BUILDER_CONFIGS}
   return emoji_lib.load_emoji(counts[name])

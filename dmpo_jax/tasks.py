@@ -122,6 +122,7 @@ def preference_task(
       f"{config.data.dataset}: its pairs have {has} source images; expected {expected}, as the "
       f"base {config.base} {'edits images' if base.edits else 'does not edit images'}"
     )
+  held_out = encoded.splits.get("validation")  # few pairs may leave none
   unet_params = base.params["unet"]
   adapter = initial_adapter(config.lora, base.shapes["unet"], seed)
   # A copy: what is trained is donated, and must not share memory with what is frozen.
@@ -149,7 +150,7 @@ def preference_task(
     describe=lambda step: pipeline.record_ids(
       source, seed=seed, batch_size=config.batch_size, step=step
     ),
-    validation=pipeline.load_split(encoded.splits["validation"], MAX_VALIDATION_PAIRS),
+    validation=pipeline.load_split(held_out, MAX_VALIDATION_PAIRS) if held_out else None,
   )
 
 

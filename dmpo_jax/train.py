@@ -222,11 +222,14 @@ def _make_validation(task: tasks.Task, mesh, root_key):
   """A function (params, frozen) -> metrics on the validation batch, the same noise every time."""
   if task.validation is None:
     return None
-  size = len(jax.tree.leaves(task.validation)[0]) // mesh.size * mesh.size
+  count = len(jax.tree.leaves(task.validation)[0])
+  few = count < mesh.size  # then every device takes all of them
+  size = count if few else count // mesh.size * mesh.size
   batch = jax.tree.map(lambda x: x[:size], task.validation)
   key = jax.random.fold_in(root_key, VALIDATION_STREAM)
   examples = jax.jit(task.objective.draw)(batch, key)
-  examples = jax.device_put(examples, sharding.batch_sharding(mesh))
+  place = sharding.replicated(mesh) if few else sharding.batch_sharding(mesh)
+  examples = jax.device_put(examples, place)
 
   @jax.jit
   def evaluate(params, frozen, examples):

@@ -138,3 +138,112 @@ def test_tiles_lie_where_they_should(gap):
       rest[place][:4, :5] = False
   assert (canvas[rest] == 200).all()
   assert rest.sum() == canvas.shape[0] * canvas.shape[1] - 6 * 4 * 5
+
+
+def save(picture, kind, **options):
+  stream = io.BytesIO()
+  picture.save(stream, kind, **options)
+  return stream.getvalue()
+
+
+def corners():
+  """8x4 with red top left, green top right, blue bottom left, black bottom right."""
+  picture = Image.new("RGB", (8, 4))
+  picture.paste((255, 0, 0), (0, 0, 4, 2))
+  picture.paste((0, 255, 0), (4, 0, 8, 2))
+  picture.paste((0, 0, 255), (0, 2, 4, 4))
+  return picture
+
+
+# EXIF 2.3: where row 0 and column 0 of the file are seen; here: what stands top left, top right.
+@pytest.mark.parametrize(
+  "orientation, size, top_left, top_right",
+  [
+    (1, (8, 4), "red", "green"),
+    (2, (8, 4), "green", "red"),
+    (3, (8, 4), "black", "blue"),
+    (4, (8, 4), "blue", "black"),
+    (5, (4, 8), "red", "blue"),
+    (6, (4, 8), "blue", "red"),
+    (7, (4, 8), "black", "green"),
+    (8, (4, 8), "green", "black"),
+  ],
+)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_exif_orientation_is_applied(orientation, size, top_left, top_right, kind):
+  colors = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+  large = corners().resize((64, 32), Image.Resampling.NEAREST)
+  picture = images.decode(save(large, kind, exif=exif, **options.get(kind, {})))
+  assert picture.size == (size[0] * 8, size[1] * 8)
+  for x, expected in ((1, top_left), (-2, top_right)):
+    np.testing.assert_allclose(np.asarray(picture)[1, x], colors[expected], atol=3)
+
+
+def test_damaged_exif_is_ignored():
+  data = save(corners(), "PNG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff\xff\xff")
+  np.testing.assert_array_equal(np.asarray(images.decode(data)), np.asarray(corners()))
+
+
+def test_sixteen_bits_keep_their_high_byte():
+  levels = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+  for data in (save(Image.fromarray(levels), "PNG"), save(Image.fromarray(levels), "TIFF")):
+    array = np.asarray(images.decode(data))
+    np.testing.assert_array_equal(array, np.stack([levels >> 8] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("pixels", [np.ones((4, 4), np.float32), np.ones((4, 4), np.int32)])
+def test_pixels_without_a_range_are_refused(pixels):
+  with pytest.raises(ValueError, match="pixels of mode '[FI]' have no known range; expected 8"):
+    images.decode(save(Image.fromarray(pixels), "TIFF"))
+
+
+def test_cmyk_palette_and_bilevel():
+  cmyk = Image.new("CMYK", (4, 4), (0, 255, 0, 0))
+  np.testing.assert_array_equal(np.asarray(images.decode(save(cmyk, "TIFF")))[0, 0], (255, 0, 255))
+  np.testing.assert_allclose(
+    np.asarray(images.decode(save(cmyk, "JPEG", quality=100)))[0, 0], (255, 0, 255), atol=4
+  )
+  palette = corners().quantize(4, Image.Quantize.MEDIANCUT)
+  assert palette.mode == "P"
+  np.testing.assert_array_equal(images.decode(save(palette, "PNG")), corners())
+  bilevel = Image.new("1", (4, 4), 1)
+  np.testing.assert_array_equal(images.decode(save(bilevel, "PNG")), np.full((4, 4, 3), 255))
+
+
+@pytest.mark.parametrize("kind, options", [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})])
+def test_the_first_frame_of_an_animation_is_taken(kind, options):
+  red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+  data = save(red, kind, save_all=True, append_images=[blue], **options)
+  np.testing.assert_array_equal(images.decode(data), red)
+
+
+def test_what_is_no_picture_is_refused_without_an_address():
+  with pytest.raises(ValueError, match="not one of JPEG, PNG, WEBP, GIF, BMP, TIFF") as caught:
+    images.decode(b"<html>404</html>")
+  assert "0x" not in str(caught.value)
+  with pytest.raises(ValueError, match="not one of"):
+    images.decode(b"")
+  with pytest.raises(ValueError, match="not one of"):  # Pillow would start Ghostscript
+    images.decode(save(corners(), "EPS"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_truncated_pictures_are_refused(kind):
+  data = save(noise_picture(64, 64), kind)
+  with pytest.raises(ValueError):
+    images.decode(data[: len(data) // 2])
+
+
+def test_decompression_bombs_are_refused_before_they_are_decoded():
+  bomb = save(Image.new("1", (10000, 9000)), "PNG")
+  assert len(bomb) < 20000
+  with pytest.raises(ValueError):  # here Pillow's warning is an error
+    images.decode(bomb)
+  with pytest.warns(Image.DecompressionBombWarning):
+    with pytest.raises(ValueError, match="10000x9000 pixels; expected at most 89478485 in all"):
+      images.decode(bomb)
+  with pytest.raises(ValueError, match="decompression bomb"):  # twice the bound: Pillow refuses
+    images.decode(save(Image.new("1", (20000, 9000)), "PNG"))

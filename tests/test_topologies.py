@@ -12,8 +12,8 @@ import tiny
 from PIL import Image
 
 from dmpo_jax import base as base_lib
-from dmpo_jax import cli, optimizer, tasks, train, train_step
-from dmpo_jax.data import encode
+from dmpo_jax import cli, optimizer, stages, tasks, train, train_step
+from dmpo_jax.data import encode, geometry, tfds_source
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 
 pytestmark = [
@@ -84,15 +84,15 @@ def prepared(request, tmp_path_factory):
   tfds.disable_progress_bar()
   builder = EditPairs(base.edits, data_dir=folder / "raw")
   builder.download_and_prepare()
-  encode_fn = jax.jit(lambda images: base.encode(base.params["vae"], images))
-  encoded = encode.encode_pairs(
-    builder,
+  encoded = encode.encode_source(
+    tfds_source.source_of_builder(builder),
     folder / "latents",
-    encode_images=lambda batch: np.asarray(encode_fn(batch)),
+    encode_images=stages.encoder(base),
     tokenize=base.tokenizer,
-    resolution=base.resolution,
+    geometry=geometry.Geometry(base.resolution, crop="random", flip=0.5),
     fingerprint=base.data_fingerprint(),
     batch_size=8,
+    time_ids=len(base.encoders) > 1,
   )
   return base_folder, base, encoded
 

@@ -1,41 +1,31 @@
 """Pairs of pictures -> a data set of VAE moments and tokens, written once and read at random."""
 
 import dataclasses
-import glob
+import functools
 import hashlib
-import io
 import json
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Float, Int
-from PIL import Image
-from tensorflow_datasets.core import sequential_writer
+from jaxtyping import Int
+from tensorflow_datasets.core import file_adapters, naming
 
-from dmpo_jax.data import images
+from dmpo_jax.data import encode_shard, rows
+from dmpo_jax.data import geometry as geometry_lib
 
 NAME, VERSION = "encoded_pairs", "1.0.0"
-_CACHED_IMAGES = 2048  # moments kept for repeated pictures; 64x64x8 float16 is 64 KiB each
-_WAITING_BATCHES = 16  # pairs held back at most, in batches, while an image batch fills
-_SHARD_PAIRS = 65536
-_WRITTEN_TOGETHER = 256  # the writer saves its JSON after every call
-_FIELDS = ("caption", "image_w", "image_l", "p_choice", "couple")
-_SOURCE = "image_source"  # the image that an edit starts from; optional
-_COMPARED = ("fingerprint", "source", "source_id", "resolution")
-
-EncodeImages = Callable[[Float[np.ndarray, "n H W 3"]], Float[np.ndarray, "n h w c2"]]
-Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "n *E L"]]
+_METADATA = "metadata.json"  # written last: a folder without it is not finished
+_STARTED = "started.json"  # the settings of the shards that lie there
+_COMPARED = ("fingerprint", "source", "source_id", "resolution", "geometry", "time_ids", "shards")
+_NEEDED = ("fingerprint", "source", "source_id", "resolution", "counts", "empty_ids", "files")
 
 
 class Pairs:
   """One split: position -> {moments_w, moments_l, input_ids, p_choice, couple, caption} and, for
-  pairs of edits, source_moments."""
+  pairs of edits, source_moments; for SDXL, time_ids."""
 
   def __init__(self, records: Sequence[dict[str, Any]], name: str):
     self._records, self.name = records, name
@@ -71,7 +61,9 @@ class Encoded:
 
   Attributes:
     splits: name -> pairs, read at random.
-    metadata: fingerprint, source, source_id, resolution, counts, images, empty_ids, files.
+    metadata: fingerprint, source, source_id, resolution, geometry, time_ids, counts (pairs by
+      split), rows, dropped (rows by reason), broken, examples (broken rows by reason), images,
+      empty_ids, files, licence, homepage.
   """
 
   splits: dict[str, Pairs]
@@ -83,86 +75,97 @@ class Encoded:
     return np.array(self.metadata["empty_ids"], np.int32)
 
 
-def encode_pairs(
-  builder: tfds.core.DatasetBuilder,
+def encode_source(
+  source: rows.Source,
   folder: str | pathlib.Path,
   *,
-  encode_images: EncodeImages,
-  tokenize: Tokenize,
-  resolution: int,
+  encode_images: encode_shard.EncodeImages,
+  tokenize: encode_shard.Tokenize,
+  geometry: geometry_lib.Geometry,
   fingerprint: str,
   batch_size: int,
-  progress: Callable[[int, int], None] | None = None,
+  time_ids: bool = False,
+  broken_limit: float = 0.01,
+  progress: Callable[[int, int, int], None] | None = None,
 ) -> Encoded:
-  """Encodes every pair of a prepared data set, or reuses what `folder` holds already.
+  """Encodes every pair of a source, goes on where an earlier call ended, or reuses a finished set.
 
-  Splits and their order are those of the source. Equal pictures are encoded once. The data set is
-  written beside `folder` and renamed at the end: an interrupted run leaves no `folder`. Two
+  Every shard of the source becomes a file of its own, in the same order; equal pictures of a shard
+  are encoded once. A file appears when it is whole, `metadata.json` when all files are there. Two
   processes must not prepare the same folder.
 
   Args:
-    builder: prepared, with features caption, image_w, image_l, p_choice, couple and, for pairs of
-      edits, image_source.
+    source: where the pairs come from.
     folder: where the encoded data set is to be.
     encode_images: [-1, 1] pictures -> VAE mean and log-variance; always called with `batch_size`
       pictures, so that it compiles once.
     tokenize: captions -> ids.
-    resolution: side of the square pictures in pixels.
+    geometry: how a picture of any size becomes a square.
     fingerprint: of the VAE and tokenizer behind the two callables.
     batch_size: pictures per call, at least 1.
-    progress: called as progress(pairs done, pairs in all).
+    time_ids: whether to store SDXL's micro-conditioning: original size and crop of the winner, the
+      image whose likelihood is to rise; the UNet takes one condition for both images of a pair.
+    broken_limit: share of broken rows, [0, 1], that is let pass, of each shard of at least 100 rows
+      and of all rows.
+    progress: called as progress(pairs done, shards done, shards in all), kept shards included.
 
   Returns:
-    The data set, as `open_encoded(folder)` gives it.
+    The data set, as `open_encoded(folder, fingerprint=fingerprint)` gives it.
 
   Raises:
-    ValueError: the folder holds a data set made otherwise, or something else; a picture is broken
-      or its moments are not finite; the source is not prepared or has no pairs; a setting is out
-      of range.
+    ValueError: the folder holds a data set made or begun otherwise, or something else; a shard
+      cannot be read; too many rows are broken; moments are not finite; there are no pairs; a
+      setting is out of range.
+    OSError: a file cannot be written; finished shards are kept.
   """
   folder = pathlib.Path(folder)
-  if batch_size < 1 or resolution < 1:
-    raise ValueError(
-      "encode_pairs: expected batch_size and resolution of at least 1, got batch_size"
-      f" {batch_size}, resolution {resolution}"
-    )
-  sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-  if not sum(sizes.values()):
-    raise ValueError(f"{builder.info.full_name}: holds no pairs; run its download_and_prepare()")
-  missing = [field for field in _FIELDS if field not in builder.info.features]
-  if missing:
-    raise ValueError(
-      f"{builder.info.full_name}: lacks the features {missing}; expected {list(_FIELDS)}"
-    )
-  wanted = {
-    "fingerprint": fingerprint,
-    "source": builder.info.full_name,
-    "source_id": _source_id(builder),
-    "resolution": resolution,
-  }
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    return _reuse(folder, wanted)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  for left_over in folder.parent.glob(f".{glob.escape(folder.name)}.*.draft"):
-    shutil.rmtree(left_over)  # of a killed run
-  draft = pathlib.Path(
-    tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".draft", dir=folder.parent)
+  recipe = encode_shard.Recipe(encode_images, tokenize, geometry, time_ids, batch_size)
+  empty_ids = _check(source, recipe, broken_limit)
+  settings = _settings(source, fingerprint, recipe)
+  if not _start(folder, settings):
+    return open_encoded(folder, fingerprint=fingerprint)
+  encode = functools.partial(
+    encode_shard.encode_shard, recipe=recipe, settings=_digest(settings), broken_limit=broken_limit
   )
-  try:
-    encoder = _Encoder(encode_images, tokenize, resolution, batch_size)
-    metadata = wanted | {"counts": sizes, "empty_ids": encoder.token_ids([""])[0].tolist()}
-    _write(builder, draft, encoder, metadata, progress)
-    draft.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-    if folder.exists():
-      folder.rmdir()
-    draft.rename(folder)
-  finally:
-    shutil.rmtree(draft, ignore_errors=True)
+  sidecars = _encode_shards(source, folder, encode, _digest(settings), progress)
+  _finish(folder, source, settings | {"empty_ids": empty_ids.tolist()}, sidecars, broken_limit)
   return open_encoded(folder, fingerprint=fingerprint)
 
 
+class Job(NamedTuple):
+  """What `encode_shard.encode_shard` is to do: from where, to where, digest of the settings."""
+
+  shard: rows.Shard
+  path: pathlib.Path
+  settings: str
+
+
+def missing_shards(
+  source: rows.Source,
+  folder: str | pathlib.Path,
+  recipe: encode_shard.Recipe,
+  *,
+  fingerprint: str,
+) -> list[Job]:
+  """Claims the folder for these settings and says what `encode_source` would have to encode there.
+
+  Other processes may take the jobs in any order; `encode_source` then writes the metadata.
+
+  Raises:
+    ValueError: the folder holds a data set made or begun otherwise, or something else.
+  """
+  folder = pathlib.Path(folder)
+  _check(source, recipe, 0.0)
+  settings = _settings(source, fingerprint, recipe)
+  if not _start(folder, settings):
+    return []
+  digest = _digest(settings)
+  jobs = [Job(shard, path, digest) for _, shard, path in _files(source, folder)]
+  return [job for job in jobs if encode_shard.read_sidecar(job.path, job.shard, digest) is None]
+
+
 def open_encoded(folder: str | pathlib.Path, *, fingerprint: str) -> Encoded:
-  """Opens what `encode_pairs` wrote.
+  """Opens what `encode_source` wrote.
 
   Raises:
     ValueError: the folder is missing, incomplete or damaged, or made with another VAE or
@@ -203,209 +206,214 @@ def open_encoded(folder: str | pathlib.Path, *, fingerprint: str) -> Encoded:
   return Encoded(splits, metadata)
 
 
-class _Encoder:
-  """Turns a stream of raw pairs into encoded ones, with full image batches."""
-
-  def __init__(
-    self, encode_images: EncodeImages, tokenize: Tokenize, resolution: int, batch_size: int
-  ):
-    self._encode_images, self._tokenize = encode_images, tokenize
-    self._resolution, self._batch_size = resolution, batch_size
-    self._moments: dict[bytes, np.ndarray] = {}
-    self.image_count = 0
-
-  def token_ids(self, captions: Sequence[str]) -> Int[np.ndarray, "n *E L"]:
-    ids = np.asarray(self._tokenize(captions))
-    if ids.ndim not in (2, 3) or len(ids) != len(captions) or ids.dtype != np.int32:
-      raise ValueError(
-        f"tokenize: expected int32 [{len(captions)}, L], got {ids.dtype} {list(ids.shape)}"
-      )
-    return ids
-
-  def encode(self, records: Iterator[tuple[str, dict]]) -> Iterator[dict[str, Any]]:
-    """Pairs in the order given; `records` are (a name for messages, raw record)."""
-    waiting: list[dict] = []
-    pending: dict[bytes, np.ndarray] = {}
-    for name, record in records:
-      for field in _images_of(record):
-        key = hashlib.sha256(record[field]).digest()
-        if key not in self._moments and key not in pending:
-          pending[key] = _decode(record[field], self._resolution, f"{name}, {field}")
-        record[field] = key
-      waiting.append(record)
-      while len(pending) >= self._batch_size:
-        self._encode_some(pending)
-      if not pending or len(waiting) >= _WAITING_BATCHES * self._batch_size:
-        self._encode_some(pending)
-        yield from self._finish(waiting)
-        waiting = []
-        if len(self._moments) > _CACHED_IMAGES:
-          self._moments = {}
-    while pending:
-      self._encode_some(pending)
-    yield from self._finish(waiting)
-
-  def _encode_some(self, pending: dict[bytes, np.ndarray]) -> None:
-    keys = list(pending)[: self._batch_size]
-    if not keys:
-      return
-    batch = np.stack([pending.pop(key) for key in keys])
-    padding = [(0, self._batch_size - len(keys))] + [(0, 0)] * 3
-    moments = np.asarray(self._encode_images(np.pad(batch, padding)))[: len(keys)]
-    if moments.ndim != 4 or moments.shape[-1] % 2:
-      raise ValueError(
-        f"encode_images: expected [{self._batch_size}, h, w, 2c], got {list(moments.shape)}"
-      )
-    with np.errstate(over="ignore"):
-      half = moments.astype(np.float16)
-    if not np.isfinite(half).all():
-      raise ValueError(
-        "encode_images: moments are not finite in float16: the VAE gave values up to"
-        f" {np.abs(moments).max()}; check its weights"
-      )
-    self.image_count += len(keys)
-    self._moments |= dict(zip(keys, half, strict=True))
-
-  def _finish(self, records: list[dict]) -> Iterator[dict[str, Any]]:
-    if not records:
-      return
-    captions = [record["caption"].decode() for record in records]
-    distinct = list(dict.fromkeys(captions))
-    ids = dict(zip(distinct, self.token_ids(distinct), strict=True))
-    for record, caption in zip(records, captions, strict=True):
-      yield {
-        **{moments: self._moments[record[image]] for image, moments in _images_of(record).items()},
-        "input_ids": ids[caption],
-        "p_choice": record["p_choice"],
-        "couple": record["couple"].decode(),
-        "caption": caption,
-      }
+def _check(
+  source: rows.Source, recipe: encode_shard.Recipe, broken_limit: float
+) -> Int[np.ndarray, "*E L"]:
+  """Refuses what would fail later; returns the ids of the empty caption."""
+  if recipe.batch_size < 1:
+    raise ValueError(f"encode_source: batch_size: expected at least 1, got {recipe.batch_size}")
+  if not 0 <= broken_limit <= 1:
+    raise ValueError(f"encode_source: broken_limit: expected [0, 1], got {broken_limit}")
+  if not any(source.splits.values()):
+    raise ValueError(f"{source.name}: has no shards; expected at least one")
+  for split, shards in source.splits.items():
+    names = [shard.name for shard in shards]
+    if len(set(names)) < len(names):
+      raise ValueError(f"{source.name}, split {split}: two shards have the same name: {names}")
+  return recipe.token_ids([""])[0]
 
 
-def _images_of(fields: Container[str]) -> dict[str, str]:
-  """The images of a record and what their moments are called."""
-  names = {"image_w": "moments_w", "image_l": "moments_l", _SOURCE: "source_moments"}
-  return {image: moments for image, moments in names.items() if image in fields}
+def _settings(source: rows.Source, fingerprint: str, recipe: encode_shard.Recipe) -> dict[str, Any]:
+  """All that the content of the files depends on, as JSON."""
+  geometry = dataclasses.asdict(recipe.geometry)
+  return {
+    "fingerprint": fingerprint,
+    "source": source.name,
+    "source_id": source.fingerprint,
+    "resolution": geometry.pop("resolution"),
+    "geometry": geometry,
+    "time_ids": recipe.time_ids,
+    "shards": {split: len(shards) for split, shards in source.splits.items()},
+  }
 
 
-def _write(
-  builder: tfds.core.DatasetBuilder,
-  draft: pathlib.Path,
-  encoder: _Encoder,
-  metadata: dict[str, Any],
-  progress: Callable[[int, int], None] | None,
+def _digest(settings: dict[str, Any]) -> str:
+  text = json.dumps(settings, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _start(folder: pathlib.Path, settings: dict[str, Any]) -> bool:
+  """Whether shards are to be encoded; False if `folder` holds the finished data set."""
+  if folder.exists() and (not folder.is_dir() or _is_foreign(folder)):
+    raise ValueError(f"{folder}: not an encoded data set; give another folder, nothing was changed")
+  if (folder / _METADATA).exists():
+    _compare(folder, _read_metadata(folder), settings, "holds an encoded data set made")
+    return False
+  sidecars = folder / encode_shard.SIDECARS
+  if sidecars.is_dir() and any(sidecars.glob("*.json")):
+    started = _read_json(folder / _STARTED, _COMPARED)
+    _compare(folder, started, settings, "holds shards of an encoded data set begun")
+  folder.mkdir(parents=True, exist_ok=True)
+  encode_shard.remove_drafts(folder)
+  encode_shard.write_json(folder / _STARTED, settings)
+  return True
+
+
+def _is_foreign(folder: pathlib.Path) -> bool:
+  """Whether a folder without a data set, finished or begun, holds something else."""
+  names = {path.name for path in folder.iterdir() if not path.match(f".{_STARTED}.*.tmp")}
+  return bool(names) and not names & {_METADATA, _STARTED}
+
+
+def _compare(
+  folder: pathlib.Path, there: dict[str, Any], wanted: dict[str, Any], what: str
 ) -> None:
-  writer, done, total = None, 0, sum(metadata["counts"].values())
-  for split in metadata["counts"]:
-    buffered: list[dict[str, Any]] = []
-    for pair in encoder.encode(_raw_pairs(builder, split)):
-      if writer is None:
-        writer = sequential_writer.SequentialWriter(
-          _dataset_info(draft, pair, metadata),
-          _SHARD_PAIRS,
-          file_format="array_record",
-        )
-        writer.initialize_splits(list(metadata["counts"]))
-      buffered.append(pair)
-      if len(buffered) == _WRITTEN_TOGETHER:
-        writer.add_examples({split: buffered})
-        buffered = []
-      done += 1
-      if progress is not None:
-        progress(done, total)
-    if buffered:
-      writer.add_examples({split: buffered})
-  writer.close_all()
-  metadata["images"] = encoder.image_count
-  metadata["files"] = {
-    path.name: path.stat().st_size for path in sorted(draft.glob("*array_record*"))
-  }
-  (draft / "metadata.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
-
-
-def _dataset_info(
-  draft: pathlib.Path, pair: dict[str, Any], metadata: dict[str, Any]
-) -> tfds.core.DatasetInfo:
-  def tensor(array: np.ndarray) -> tfds.features.Tensor:
-    return tfds.features.Tensor(
-      shape=array.shape, dtype=array.dtype, encoding=tfds.features.Encoding.BYTES
-    )
-
-  return tfds.core.DatasetInfo(
-    builder=tfds.core.DatasetIdentity(
-      name=NAME, version=tfds.core.Version(VERSION), data_dir=str(draft), module_name=__name__
-    ),
-    description=f"{metadata['source']} as VAE moments (mean, log-variance) and token ids.",
-    features=tfds.features.FeaturesDict(
-      {
-        **{name: tensor(value) for name, value in pair.items() if isinstance(value, np.ndarray)},
-        "p_choice": np.float32,
-        "couple": tfds.features.Text(),
-        "caption": tfds.features.Text(),
-      }
-    ),
-    disable_shuffling=True,
-  )
-
-
-def _raw_pairs(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[tuple[str, dict]]:
-  decoders = dict.fromkeys(_images_of(builder.info.features), tfds.decode.SkipDecoding())
-  source = builder.as_data_source(split, decoders=decoders)
-  for position in range(len(source)):
-    record = source[position]
-    caption = record["caption"].decode(errors="replace")
-    yield f"{builder.info.full_name}, split {split}, pair {position} ({caption!r})", record
-
-
-def _decode(data: bytes, resolution: int, name: str) -> Float[np.ndarray, "H W 3"]:
-  try:
-    with Image.open(io.BytesIO(data)) as image:
-      return images.to_array(image, resolution)
-  except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
-    raise ValueError(f"{name}: not a readable picture: {error}") from error
-
-
-def _source_id(builder: tfds.core.DatasetBuilder) -> str:
-  """Changes when the source was built anew with other pairs under the same name."""
-  sizes = {
-    split: (info.num_examples, info.num_bytes) for split, info in builder.info.splits.items()
-  }
-  return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _reuse(folder: pathlib.Path, wanted: dict[str, Any]) -> Encoded:
-  metadata = _read_metadata(folder)
   differing = [
-    f"{field} (there {metadata[field]}, wanted {wanted[field]})"
+    f"{field} (there {there.get(field)}, wanted {wanted[field]})"
     for field in _COMPARED
-    if metadata[field] != wanted[field]
+    if there.get(field) != wanted[field]
   ]
   if differing:
     raise ValueError(
-      f"{folder}: holds an encoded data set made with another {', '.join(differing)};"
-      " give another folder, nothing was overwritten"
+      f"{folder}: {what} with another {', '.join(differing)}; give another folder, nothing was"
+      " overwritten"
     )
-  return open_encoded(folder, fingerprint=wanted["fingerprint"])
+
+
+def _files(source: rows.Source, folder: pathlib.Path) -> Iterator[tuple[str, rows.Shard, Any]]:
+  """Split, shard, and the path of its file as TFDS wants it."""
+  for split, shards in source.splits.items():
+    template = _template(folder, split)
+    for index, shard in enumerate(shards):
+      path = template.sharded_filepath(shard_index=index, num_shards=len(shards))
+      yield split, shard, folder / path.name
+
+
+def _template(folder: pathlib.Path, split: str) -> naming.ShardedFileTemplate:
+  return naming.ShardedFileTemplate(
+    dataset_name=NAME, data_dir=folder, split=split, filetype_suffix="array_record"
+  )
+
+
+def _encode_shards(
+  source: rows.Source,
+  folder: pathlib.Path,
+  encode: Callable[..., dict[str, Any]],
+  settings: str,
+  progress: Callable[[int, int, int], None] | None,
+) -> dict[str, list[dict[str, Any]]]:
+  """The sidecars by split, of shards that were finished before and of those encoded now."""
+  sidecars: dict[str, list[dict[str, Any]]] = {split: [] for split in source.splits}
+  total, done, pairs = sum(map(len, source.splits.values())), 0, 0
+
+  def report(of_shard: int) -> None:
+    if progress is not None:
+      progress(pairs + of_shard, done, total)
+
+  for split, shard, path in _files(source, folder):
+    sidecar = encode_shard.read_sidecar(path, shard, settings)
+    if sidecar is None:
+      sidecar = encode(shard, path, progress=report)
+    sidecars[split].append(sidecar)
+    pairs, done = pairs + sidecar["pairs"], done + 1
+    report(0)
+  return sidecars
+
+
+def _finish(
+  folder: pathlib.Path,
+  source: rows.Source,
+  metadata: dict[str, Any],
+  sidecars: dict[str, list[dict[str, Any]]],
+  broken_limit: float,
+) -> None:
+  """Writes the metadata of TFDS, then ours: only now is there a data set."""
+  every = [sidecar for each in sidecars.values() for sidecar in each]
+  tally = encode_shard.Tally()
+  for sidecar in every:
+    tally.add(encode_shard.Tally(sidecar))
+  tally.check(source.name, broken_limit)
+  _dataset_info(folder, source, _common_features(source, every), sidecars).write_to_directory(
+    folder
+  )
+  files = [path for _, _, path in _files(source, folder)]
+  metadata |= {
+    "counts": {split: sum(each["pairs"] for each in of) for split, of in sidecars.items()},
+    **tally.content(),
+    "images": sum(sidecar["images"] for sidecar in every),
+    "files": {path.name: sidecar["bytes"] for path, sidecar in zip(files, every, strict=True)},
+    "licence": source.licence,
+    "homepage": source.homepage,
+  }
+  encode_shard.write_json(folder / _METADATA, metadata)
+
+
+def _common_features(source: rows.Source, sidecars: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Arrays of the records of all shards."""
+  found = [sidecar for sidecar in sidecars if sidecar["pairs"]]
+  if not found:
+    dropped = sum(sidecar["rows"] for sidecar in sidecars)
+    raise ValueError(f"{source.name}: holds no pairs; all of its {dropped} rows were dropped")
+  first = found[0]
+  for each in found:
+    if each["features"] != first["features"]:
+      raise ValueError(
+        f"{source.name}: {each['source_shard']} has the arrays {each['features']},"
+        f" {first['source_shard']} has {first['features']}; all pairs of a source have a source"
+        " image or none has"
+      )
+  return first["features"]
+
+
+def _dataset_info(
+  folder: pathlib.Path,
+  source: rows.Source,
+  features: dict[str, Any],
+  sidecars: dict[str, list[dict[str, Any]]],
+) -> tfds.core.DatasetInfo:
+  info = tfds.core.DatasetInfo(
+    builder=tfds.core.DatasetIdentity(
+      name=NAME, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
+    ),
+    description=f"{source.name} as VAE moments (mean, log-variance) and token ids.",
+    features=encode_shard.features_dict(features),
+    homepage=source.homepage,
+    disable_shuffling=True,
+  )
+  info.set_file_format(file_adapters.FileFormat.ARRAY_RECORD, override=False)
+  splits = [
+    tfds.core.SplitInfo(
+      name=split,
+      shard_lengths=[sidecar["pairs"] for sidecar in each],
+      num_bytes=sum(sidecar["record_bytes"] for sidecar in each),
+      filename_template=_template(folder, split),
+    )
+    for split, each in sidecars.items()
+  ]
+  info.set_splits(tfds.core.splits.SplitDict(splits))
+  return info
 
 
 def _read_metadata(folder: pathlib.Path) -> dict[str, Any]:
   if not folder.is_dir():
     raise ValueError(f"{folder}: no encoded data set there; run `dmpo prepare`")
-  path = folder / "metadata.json"
+  if (folder / _STARTED).exists() and not (folder / _METADATA).exists():
+    done = len(list((folder / encode_shard.SIDECARS).glob("*.json")))
+    total = sum(_read_json(folder / _STARTED, _COMPARED)["shards"].values())
+    raise ValueError(
+      f"{folder}: not finished, {done} of {total} shards are encoded; run `dmpo prepare` again"
+    )
+  return _read_json(folder / _METADATA, _NEEDED)
+
+
+def _read_json(path: pathlib.Path, needed: Sequence[str]) -> dict[str, Any]:
   try:
-    metadata = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise ValueError(
-      f"{folder}: not an encoded data set ({path.name}: {error}); give another folder or run"
+      f"{path.parent}: not an encoded data set ({path.name}: {error}); give another folder or run"
       " `dmpo prepare` into an empty one"
     ) from error
-  needed = (*_COMPARED, "counts", "empty_ids", "files")
-  if not isinstance(metadata, dict) or any(field not in metadata for field in needed):
+  if not isinstance(content, dict) or any(field not in content for field in needed):
     raise ValueError(f"{path}: not of an encoded data set: expected the fields {list(needed)}")
-  return metadata
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
+  return content

@@ -1,0 +1,64 @@
+"""Why a row of a source is no pair, and the checks that every source makes."""
+
+from collections.abc import Callable
+
+from dmpo_jax.data import rows
+
+# First bytes of the three formats that `rows.Pair` promises.
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+
+
+class Fault(Exception):
+  """A row is no pair; `reason` and `broken` as in `rows.Dropped`."""
+
+  def __init__(self, reason: str, *, broken: bool = True):
+    super().__init__(reason)
+    self.reason, self.broken = reason, broken
+
+
+def pair_or_dropped(where: str, make: Callable[[], rows.Pair]) -> rows.Pair | rows.Dropped:
+  """What `make` returns, or the fault that it raised as a dropped row.
+
+  >>> def fail(): raise Fault("tie", broken=False)
+  >>> pair_or_dropped("a.csv, line 2", fail)
+  Dropped(reason='tie', where='a.csv, line 2', broken=False)
+  """
+  try:
+    return make()
+  except Fault as fault:
+    return rows.Dropped(fault.reason, where, fault.broken)
+
+
+def check_caption(caption: object) -> str:
+  """The caption as it is.
+
+  Raises:
+    Fault: it is missing, no text, blank or cannot be written as UTF-8.
+  """
+  if caption is None:
+    raise Fault("caption is missing")
+  if not isinstance(caption, str):
+    raise Fault("caption is no text")
+  if not caption.strip():
+    raise Fault("caption is empty")
+  try:
+    caption.encode()
+  except UnicodeEncodeError as error:  # JSON can hold half a character
+    raise Fault("caption is not UTF-8") from error
+  return caption
+
+
+def check_image(data: bytes | None) -> bytes:
+  """The bytes as they are; only their beginning is looked at.
+
+  Raises:
+    Fault: they are missing, empty or of another format than JPEG, PNG and WebP.
+  """
+  if data is None:
+    raise Fault("image is missing")
+  if not data:
+    raise Fault("image is empty")
+  is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+  if not (is_webp or data.startswith((_JPEG, _PNG))):
+    raise Fault("image is not JPEG, PNG or WebP")
+  return data

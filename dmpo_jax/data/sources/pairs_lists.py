@@ -1,0 +1,131 @@
+"""A user's own pairs as a JSONL or CSV list beside the images."""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from dmpo_jax.data import rows
+from dmpo_jax.data.sources import faults, files, held_out
+
+REQUIRED = ("caption", "winner", "loser")
+OPTIONAL = ("source", "p_choice")
+
+
+class _Line(NamedTuple):
+  """A line's number, from 1, and its fields, or why it has none."""
+
+  number: int
+  fields: Mapping[str, object]
+  fault: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ListShard:
+  """One list in `folder`; `part` of it, or all if None."""
+
+  name: str
+  folder: str
+  part: held_out.Part | None
+
+  def read(self) -> Iterator[rows.Pair | rows.Dropped]:
+    """Rows in the order of the file, by the number of their line, from 1.
+
+    Damaged lines are told once, by the training part. No pair has a side: users do name files by
+    who won (`winners/1.jpg`), and no model sees the names.
+
+    Raises:
+      ValueError: the file is missing, no UTF-8, or a CSV without the columns.
+    """
+    path = pathlib.Path(self.folder, self.name)
+    lines = _csv_lines(path) if path.suffix.lower() == ".csv" else _json_lines(path)
+    try:
+      for line in lines:
+        if self.part is None or self.part.holds(line.fields.get("caption")):
+          where = f"{self.name}, line {line.number}"
+          yield faults.pair_or_dropped(
+            where, functools.partial(_form_pair, path.parent, line, where)
+          )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+      raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+
+
+def _json_lines(path: pathlib.Path) -> Iterator[_Line]:
+  with path.open("rb") as stream:
+    for number, line in enumerate(stream, 1):
+      if not line.strip():
+        continue
+      try:
+        fields = json.loads(line.decode("utf-8-sig"))
+      except (ValueError, RecursionError):
+        yield _Line(number, {}, "not JSON")
+        continue
+      if isinstance(fields, dict):
+        yield _Line(number, fields)
+      else:
+        yield _Line(number, {}, "not a JSON object")
+
+
+def _csv_lines(path: pathlib.Path) -> Iterator[_Line]:
+  with path.open(encoding="utf-8-sig", newline="") as stream:
+    reader = csv.DictReader(stream)
+    found = list(reader.fieldnames or ())
+    missing = [field for field in REQUIRED if field not in found]
+    if missing:
+      raise ValueError(
+        f"{path}: lacks the columns {missing}; found {found}; expected {list(REQUIRED)} and, if"
+        f" need be, {list(OPTIONAL)} in the first line"
+      )
+    for fields in reader:
+      wrong = None in fields or None in fields.values()  # how csv marks too many and too few
+      # An empty cell is what CSV has for "not there".
+      present = {name: cell for name, cell in fields.items() if name and cell}
+      yield _Line(reader.line_num, present, "wrong number of cells" if wrong else None)
+
+
+def _form_pair(folder: pathlib.Path, line: _Line, where: str) -> rows.Pair:
+  if line.fault is not None:
+    raise faults.Fault(line.fault)
+  fields = line.fields
+  missing = [field for field in REQUIRED if fields.get(field) is None]
+  if missing:
+    raise faults.Fault(f"{missing[0]} is missing")
+  caption, p_choice = faults.check_caption(fields["caption"]), check_choice(fields.get("p_choice"))
+  winner, loser, source = fields["winner"], fields["loser"], fields.get("source")
+  if winner == loser:
+    raise faults.Fault("winner is the loser")
+  image_w, image_l = files.read_image(folder, winner), files.read_image(folder, loser)
+  image_source = None if source is None else files.read_image(folder, source)
+  couple = files.couple(winner, loser)
+  return rows.Pair(caption, image_w, image_l, p_choice, couple, where, image_source)
+
+
+def check_choice(value: object) -> float:
+  """Probability that people choose the winner; 1 if the row has none.
+
+  A value below 0.5 says that the loser is the winner. Which of the two the user meant is not to be
+  known, so that the row is refused rather than turned round.
+
+  >>> check_choice(None), check_choice("0.75"), check_choice(1)
+  (1.0, 0.75, 1.0)
+
+  Raises:
+    Fault: it is no number or not in [0.5, 1].
+  """
+  if value is None:
+    return 1.0
+  try:
+    number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+  except (TypeError, ValueError):
+    number = math.nan
+  if math.isnan(number):
+    raise faults.Fault("p_choice is no number")
+  if number < 0.5:
+    raise faults.Fault("p_choice is below 0.5")
+  if number > 1:
+    raise faults.Fault("p_choice is above 1")
+  return number
