@@ -1,4 +1,4 @@
-"""The command `dmpo`: demo, prepare, train, sample, evaluate, export, import, base.
+"""The command `dmpo`: demo, prepare, train, sample, evaluate, export, import, doctor, base.
 
 Every field of a configuration can be set on the command line: `--config.optim.learning_rate=1e-5`.
 """
@@ -18,7 +18,8 @@ BASE_CONFIG = "configs/emoji_base.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; returns the exit status: 0, 1 (training stopped) or 2 (bad input)."""
+  """Runs one command; returns the exit status: 0, 1 (training stopped, or a check that found
+  something) or 2 (bad input)."""
   argv = list(sys.argv[1:] if argv is None else argv)
   overrides = [each for each in argv if each.startswith("--config.")]
   options = make_parser().parse_args([each for each in argv if each not in overrides])
@@ -26,14 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   from dmpo_jax import train  # heavy imports only after the arguments are known to be good
 
   try:
-    options.handler(options, overrides, "dmpo " + shlex.join(argv))
+    return options.handler(options, overrides, "dmpo " + shlex.join(argv)) or 0
   except (ValueError, OSError) as error:  # OSError: a full disk, for instance
     print(f"dmpo {options.command}: error: {error}", file=sys.stderr)
     return 2
   except train.TrainingStopped as error:
     print(f"dmpo {options.command}: training stopped: {error}", file=sys.stderr)
     return 1
-  return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -105,6 +105,13 @@ def make_parser() -> argparse.ArgumentParser:
     help="of Stable Diffusion 2.x, whose file does not say: epsilon for 2.x-base, else v",
   )
   folder(importer, "--out", "the folder to write")
+
+  doctor = add("doctor", run_doctor, "look for what would spoil training, before it is paid for")
+  doctor.add_argument("subject", choices=("data",), help="data: pairs, as they lie on disk")
+  doctor.add_argument("dataset", help="e.g. pairs, pickapic_v2, hpdv2, hpdv3, imagereward_db")
+  doctor.add_argument("--path", help="folder of the data set, or gs://bucket/folder (Pick-a-Pic)")
+  doctor.add_argument("--limit", type=int, help="rows of each split to look at (default: all)")
+  folder(doctor, "--out", "folder for doctor.html and doctor.json")
 
   base = add("base", run_base, "train the shipped base from scratch (hours)", BASE_CONFIG)
   folder(base, "--out", "folder for the recipe's runs and the base")
@@ -292,6 +299,19 @@ def run_import(options, overrides, command) -> None:
     options.file, options.out, tokenizer=options.tokenizer, prediction_type=options.prediction_type
   )
   print(f"model: {folder}")
+
+
+def run_doctor(options, overrides, command) -> int:
+  """`dmpo doctor data`: 1 if something would spoil training."""
+  del command
+  from dmpo_jax import base as base_lib
+  from dmpo_jax import config as config_lib
+  from dmpo_jax import doctor
+
+  config = config_lib.from_dict(read_config(options.config, overrides))
+  base = base_lib.load_base(config.base, parts=())
+  ok = doctor.check_data(options.dataset, options.path, base, options.out, limit=options.limit)
+  return 0 if ok else 1
 
 
 def run_base(options, overrides, command) -> None:

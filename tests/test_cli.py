@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pair_files
 import pytest
 import safetensors.numpy
 import tiny
@@ -29,7 +30,7 @@ def test_help_names_every_command(capsys):
     cli.main(["--help"])
   assert stop.value.code == 0
   shown = capsys.readouterr().out
-  for command in "demo prepare train sample evaluate export base".split():
+  for command in "demo prepare train sample evaluate export import doctor base".split():
     assert command in shown
 
 
@@ -82,7 +83,7 @@ def test_data_that_is_not_prepared(capsys, tiny_base, tmp_path):
 
 def test_truncated_data(capsys, tiny_base, tiny_data, tmp_path):
   data = shutil.copytree(tiny_data, tmp_path / "d")
-  (file,) = (data / "latents").rglob("*train*array_record*")
+  (file,) = (data / "latents").glob("*/*train*array_record*")
   file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   settings = tiny.overrides(tiny_base)
   error = fail(capsys, "train", "--data", data, "--out", tmp_path / "o", *settings)
@@ -176,3 +177,25 @@ def test_long_caption_is_truncated_with_a_counted_warning(tiny_base, tmp_path):
 def test_export_of_no_run(capsys, tmp_path):
   error = fail(capsys, "export", "--run", tmp_path, "--out", tmp_path / "o")
   assert "no run.json; expected the folder of a training run" in error
+
+
+def test_doctor_of_sound_pairs(capsys, tmp_path):
+  folder = pair_files.write_drawings(tmp_path / "own")
+  arguments = ["doctor", "data", "pairs", "--path", str(folder), "--out", str(tmp_path / "out")]
+  assert cli.main(arguments) == 0, capsys.readouterr().err
+  assert json.loads((tmp_path / "out" / "doctor.json").read_text())
+  page = (tmp_path / "out" / "doctor.html").read_text(encoding="utf-8")
+  assert "drawing" in page and "page: " in capsys.readouterr().out
+
+
+def test_doctor_of_broken_pairs_fails(capsys, tmp_path):
+  folder = pair_files.write_drawings(tmp_path / "own", broken=5)
+  arguments = ["doctor", "data", "pairs", "--path", str(folder), "--out", str(tmp_path / "out")]
+  assert cli.main(arguments) == 1
+  assert "broken-row" in capsys.readouterr().out
+
+
+def test_doctor_of_nothing(capsys, tmp_path):
+  out = tmp_path / "out"
+  assert "pickapic_v2" in fail(capsys, "doctor", "data", "none", "--out", out)
+  assert "path" in fail(capsys, "doctor", "data", "pairs", "--out", out)
