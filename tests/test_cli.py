@@ -90,6 +90,7 @@ def test_truncated_data(capsys, tiny_base, tiny_data, tmp_path):
   assert file.name in error
 
 
+@pytest.mark.slow
 def test_data_of_another_base(capsys, tiny_data, tmp_path):
   settings = tiny.overrides(tiny.make_base(tmp_path / "other", seed=1))
   error = fail(capsys, "train", "--data", tiny_data, "--out", tmp_path / "o", *settings)
@@ -179,6 +180,7 @@ def test_export_of_no_run(capsys, tmp_path):
   assert "no run.json; expected the folder of a training run" in error
 
 
+@pytest.mark.slow
 def test_doctor_of_sound_pairs(capsys, tmp_path):
   folder = pair_files.write_drawings(tmp_path / "own")
   arguments = ["doctor", "data", "pairs", "--path", str(folder), "--out", str(tmp_path / "out")]

@@ -96,6 +96,7 @@ def test_untrained_parts_are_copied_bit_for_bit(tiny_base, tmp_path):
       assert (folder / file.relative_to(tiny_base)).read_bytes() == file.read_bytes(), file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_weights(tiny_base, tmp_path, dtype):
   base = base_lib.load_base(str(tiny_base))
@@ -157,6 +158,7 @@ def test_model_card_says_what_was_done():
   assert json.loads(settings)["objective"]["method"] == "dmpo"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_or_the_old(tiny_base, tmp_path):
   """A real process whose files may not grow beyond 20 kB; SIGXFSZ is an OSError in Python."""
   base = base_lib.load_base(str(tiny_base))
@@ -187,6 +189,7 @@ def test_a_full_disk_leaves_nothing_or_the_old(tiny_base, tmp_path):
   assert (tmp_path / "old" / "README.md").read_text() == "old"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["single-file", "lora"])
 def test_files_are_not_overwritten_unless_asked(tiny_base, tmp_path, layout):
   base = base_lib.load_base(str(tiny_base))

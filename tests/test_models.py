@@ -77,7 +77,7 @@ def max_difference(ours, judge):
     pytest.param(torch_models.UNET_SD1, 9, 7, id="sd1-odd"),
     pytest.param(torch_models.UNET_SD2, 11, 13, id="sd2-odd", marks=pytest.mark.slow),
     pytest.param(torch_models.UNET_OTHER, 8, 8, id="other-fields", marks=pytest.mark.slow),
-    pytest.param(torch_models.UNET_TEXT_TIME, 7, 5, id="text-time"),
+    pytest.param(torch_models.UNET_TEXT_TIME, 7, 5, id="text-time", marks=pytest.mark.slow),
     pytest.param(torch_models.UNET_SD15_SMALL, 13, 9, id="sd15", marks=pytest.mark.slow),
     pytest.param(torch_models.UNET_SD21_SMALL, 11, 14, id="sd21", marks=pytest.mark.slow),
     pytest.param(torch_models.UNET_IP2P_SMALL, 12, 15, id="ip2p", marks=pytest.mark.slow),
@@ -93,6 +93,7 @@ def test_unet_equals_diffusers(config, height, width):
   assert max_difference(got, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_unet_normalises_small_activations_as_diffusers_does():
   judge, ours, params = ported_unet(torch_models.UNET_SD1, shrink=SHRINK)
   inputs = unet_inputs(torch_models.UNET_SD1)
@@ -262,8 +263,12 @@ PLAIN_VAE = torch_models.VAE | {
   ("config", "height", "width", "shrink"),
   [
     pytest.param(torch_models.VAE, 14, 18, 1.0, id="sd"),
-    pytest.param(torch_models.VAE, 13, 15, SHRINK, id="sd-odd-small-activations"),
-    pytest.param(PLAIN_VAE, 8, 8, 1.0, id="without-quant-conv-and-attention"),
+    pytest.param(
+      torch_models.VAE, 13, 15, SHRINK, id="sd-odd-small-activations", marks=pytest.mark.slow
+    ),
+    pytest.param(
+      PLAIN_VAE, 8, 8, 1.0, id="without-quant-conv-and-attention", marks=pytest.mark.slow
+    ),
     pytest.param(torch_models.VAE_SDXL_SMALL, 44, 37, 1.0, id="sdxl", marks=pytest.mark.slow),
   ],
 )
@@ -296,6 +301,7 @@ def test_vae_refuses_what_it_does_not_implement():
     init.param_shapes(ours, random(0, 1, 8, 8, 3), method=ours.decode)
 
 
+@pytest.mark.slow
 def test_moments_are_clipped_and_sampled_as_diffusers_does():
   moments = 40 * random(5, 2, 3, 3, 8)
   judge = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(
@@ -327,7 +333,7 @@ PROJECTED = ONE_LAYER | {
     pytest.param(ONE_LAYER | {"eos_token_id": 2}, id="old-eos"),
     pytest.param(PROJECTED, id="projected"),
     pytest.param(torch_models.TEXT_L_SMALL, id="clip-l"),
-    pytest.param(torch_models.TEXT_H_SMALL, id="openclip-h"),
+    pytest.param(torch_models.TEXT_H_SMALL, id="openclip-h", marks=pytest.mark.slow),
     pytest.param(torch_models.TEXT_BIGG_SMALL, id="bigg", marks=pytest.mark.slow),
   ],
 )
@@ -353,6 +359,7 @@ def test_clip_equals_transformers(config):
   assert max_difference(got.text_embeds, pooled) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_clip_of_one_layer_has_the_embeddings_as_penultimate_state():
   ours = clip.CLIPTextModel(clip.read_config(ONE_LAYER))
   input_ids = jnp.array([[48, 7, 49]])

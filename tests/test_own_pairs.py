@@ -81,6 +81,7 @@ def test_bad_settings(tiny_base, tmp_path, capsys, dataset, path, message):
   assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_too_many_broken_rows_stop_with_examples(tiny_base, tmp_path, capsys):
   folder = pair_files.write_drawings(tmp_path / "own", 60, broken=3)
   settings = overrides(tiny_base, folder)

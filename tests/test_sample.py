@@ -423,6 +423,7 @@ def test_networks_that_say_the_same_in_other_words_draw_the_same(sampler):
 # --- fresh noise ---
 
 
+@pytest.mark.slow
 def test_fresh_noise_belongs_to_the_image_and_the_key():
   """A smaller batch, another order with its keys, and one start with other keys."""
 

@@ -97,6 +97,7 @@ def test_swapping_winner_and_loser_flips_the_margin(tiny_base, tiny_data):
   np.testing.assert_array_equal(one["winner_advantage"], other["loser_advantage"])
 
 
+@pytest.mark.slow
 def test_errors_equal_float64_numpy(tiny_base):
   """The error is the mean over h, w, c of (eps - prediction)^2, formed in float64 from the
   network's own output."""
