@@ -296,8 +296,7 @@ def _example_inputs(models, length: int) -> dict[str, tuple]:
   side = 2 ** (len(config.block_out_channels) - 1)
   added = None
   if config.addition_embed_type is not None:
-    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    added = types.AddedConditions(floats(1, width), floats(1, 6))
+    added = types.AddedConditions(floats(1, config.text_embeds_dim), floats(1, 6))
   inputs = {
     "unet": (
       floats(1, side, side, config.in_channels),

@@ -109,8 +109,9 @@ def _compare_prediction(base, unet_params, pipeline) -> float:
   if base.edits:
     conditions = conditions._replace(image_latents=jnp.asarray(normal(1, *base.latent_shape)))
   if config.addition_embed_type is not None:
-    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    added = types.AddedConditions(normal(1, width), np.full((1, 6), 64.0, np.float32))
+    added = types.AddedConditions(
+      normal(1, config.text_embeds_dim), np.full((1, 6), 64.0, np.float32)
+    )
     conditions = conditions._replace(added=jax.tree.map(jnp.asarray, added))
     more["added_cond_kwargs"] = {n: torch.from_numpy(x) for n, x in added._asdict().items()}
   timesteps = jnp.full((1,), 500)

@@ -16,7 +16,6 @@ Fault = tuple[str, str]  # code, what is the matter with this row
 _THUMBNAIL = 160  # pixels, long side
 _TEXT = 300  # characters kept of a caption: strangers wrote it, it may be a book
 _ASPECT = 2.0  # from here on the centre crop loses half of the picture or more
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -76,18 +75,11 @@ def _traits(image: Image.Image) -> frozenset[str]:
     "cmyk-image": image.mode == "CMYK",
     # A photograph with a preview inside is of several pictures too, and does not move.
     "animated-image": getattr(image, "is_animated", False) and image.format != "MPO",
-    "rotated-image": _is_rotated(image),
+    "rotated-image": images.orientation(image) in range(2, 9),
     "transparent-image": transparent,
     "palette-image": image.mode in ("P", "PA"),
   }
   return frozenset(code for code, there in present.items() if there)
-
-
-def _is_rotated(image: Image.Image) -> bool:
-  try:
-    return image.getexif().get(_ORIENTATION) in range(2, 9)
-  except Exception:  # damaged EXIF raises many kinds and does not hinder training
-    return False
 
 
 def _shape_faults(rgb: Image.Image, resolution: int) -> Iterator[Fault]:

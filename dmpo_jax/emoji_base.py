@@ -5,7 +5,6 @@ Every stage reuses what an earlier call left in the run folder, and each trainin
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -100,12 +99,7 @@ def write_design(raw: Mapping[str, Any], folder: pathlib.Path, words: list[str])
     "model_index.json": MODEL_INDEX,
   }
   for name, content in files.items():
-    write_json(folder / name, content)
-
-
-def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
+    export.write_json(folder / name, content)
 
 
 def round_to_half(leaf: Any) -> np.ndarray:
@@ -121,7 +115,9 @@ def with_scaling(
   deviation = float(np.sqrt(mean.var() + np.exp(logvar).mean()))
   config = dataclasses.replace(base.vae.config, scaling_factor=round(1 / deviation, 5))
   raw = base_lib.read_json(folder / "vae" / "config.json")
-  write_json(folder / "vae" / "config.json", {**raw, "scaling_factor": config.scaling_factor})
+  export.write_json(
+    folder / "vae" / "config.json", {**raw, "scaling_factor": config.scaling_factor}
+  )
   return dataclasses.replace(
     base,
     models={**base.models, "vae": vae_lib.AutoencoderKL(config, base.vae.dtype)},

@@ -113,7 +113,6 @@ def make_sampler(
     if sources is not None:
       image_latents, _ = vae.split_moments(base.encode(vae_params, sources))
       conditions = conditions._replace(image_latents=image_latents)
-      negative = negative._replace(image_latents=image_latents)
     latents = sample.sample_latents(
       denoiser,
       unet_params,

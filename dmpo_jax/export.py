@@ -19,7 +19,6 @@ WEIGHT_FILES = {  # other parts are transformers' and save as model.safetensors
 }
 MODEL_FILE = "model.safetensors"
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # diffusers runs without them
-LAYOUTS = ("folder", "single-file", "lora", "lora-kohya")
 
 
 def export_folder(
@@ -110,7 +109,9 @@ def _pickles(folder: str, names: list[str]) -> list[str]:
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+  """Writes a configuration as diffusers does; its folder is made if need be."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
 
 
 def export_single_file(

@@ -1,6 +1,5 @@
 """`dmpo import`: an original single-file checkpoint -> a folder in diffusers' layout."""
 
-import json
 import pathlib
 import shutil
 import uuid
@@ -78,7 +77,6 @@ def _write(
   kind: str,
 ) -> None:
   for name, content in configs.items():
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     export.write_json(folder / name, content)
   for part, tensors in parts.items():
     safetensors_io.save_safetensors(
@@ -104,8 +102,7 @@ def _read_back(folder: pathlib.Path) -> None:
   base = base_lib.load_base(str(folder), parts=())
   for part, shapes in base.shapes.items():
     weights.load_params(folder / part, shapes)
-  vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-  largest = max(vocabulary.values()) + 1
+  largest = tokenizer_lib.load_tokenizer(folder / "tokenizer").vocab_size
   for name in base.encoders:
     size = base.models[name].config.vocab_size
     if largest > size:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmpo_jax import safetensors_io, single_file
+from dmpo_jax import safetensors_io, single_file, weights
 
 STYLES = ("peft", "kohya")
 METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
@@ -244,14 +244,12 @@ def _unfit(
 
 
 def _to_flax(value: np.ndarray) -> np.ndarray:
-  """[out, in, *space] -> [*space, in, out]."""
-  axes = (*range(2, value.ndim), 1, 0)
+  axes = np.argsort(weights.kernel_axes(value.ndim))
   return np.array(value.transpose(axes), np.float32, order="C")
 
 
 def _to_torch(value: np.ndarray) -> np.ndarray:
-  axes = (value.ndim - 1, value.ndim - 2, *range(value.ndim - 2))
-  return np.asarray(value).transpose(axes)
+  return np.asarray(value).transpose(weights.kernel_axes(value.ndim))
 
 
 def _alphas(

@@ -121,9 +121,9 @@ def prepare(
 def encoder(base: base_lib.Base) -> Callable[[np.ndarray], np.ndarray]:
   """Pictures [n, H, W, 3] -> moments, n a multiple of the devices, which share the work."""
   mesh = sharding.make_mesh()
-  rows = sharding.batch_sharding(mesh)
+  batches = sharding.batch_sharding(mesh)
   params = jax.device_put(base.params["vae"], sharding.replicated(mesh))
-  encode_fn = jax.jit(base.encode, in_shardings=(None, rows), out_shardings=rows)
+  encode_fn = jax.jit(base.encode, in_shardings=(None, batches), out_shardings=batches)
   return lambda batch: np.asarray(encode_fn(params, sharding.put_batch(batch, mesh)))
 
 
@@ -151,9 +151,9 @@ def check_dataset(config: config_lib.DataConfig) -> None:
     raise ValueError(
       f"data.dataset: expected one of {', '.join(registry.SOURCES)}, got {config.dataset!r}"
     )
-  emoji = config.dataset.startswith(EMOJI)
-  if (config.path is None) != emoji:
-    expected = "None: it comes with installed packages" if emoji else "the folder where it lies"
+  packaged = registry.SOURCES[config.dataset].path is None
+  if (config.path is None) != packaged:
+    expected = "None: it comes with installed packages" if packaged else "the folder where it lies"
     raise ValueError(f"data.path: expected {expected}, for {config.dataset}, got {config.path!r}")
 
 
@@ -320,7 +320,7 @@ def export_run(
   """`dmpo export`: a run folder alone says all that is needed; an evaluation fills the card.
 
   Args:
-    layout: one of `export.LAYOUTS`.
+    layout: folder, single-file, lora (peft's style) or lora-kohya.
 
   Raises:
     ValueError: no run, no checkpoint, `out` exists, or a LoRA file is asked of a run without one.

@@ -145,10 +145,17 @@ def _tensor_name(path: tuple[str, ...]) -> str:
   return ".".join((*modules, _TENSOR_LEAVES[kind]))
 
 
+def kernel_axes(ndim: int) -> tuple[int, ...]:
+  """The order of axes that makes PyTorch's weight [out, in, *space] of a kernel [*space, in, out].
+
+  >>> kernel_axes(4)
+  (3, 2, 0, 1)
+  """
+  return (ndim - 1, ndim - 2, *range(ndim - 2))
+
+
 def _axes_to_torch(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
-  if path[-1] != "kernel":
-    return tuple(range(ndim))
-  return (ndim - 1, ndim - 2, *range(ndim - 2))  # (*space, in, out) -> (out, in, *space)
+  return kernel_axes(ndim) if path[-1] == "kernel" else tuple(range(ndim))
 
 
 def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """Faults sown into real drawings, each found by its code and counted; a clean set is silent."""
 
 import dataclasses
-import html.parser
 import io
 import json
 import pickle
@@ -9,6 +8,7 @@ import tracemalloc
 import zlib
 
 import numpy as np
+import page_reader
 import pytest
 from PIL import Image
 
@@ -403,29 +403,6 @@ def test_every_rule_has_a_text():
   assert {rule.severity for rule in doctor_data.RULES.values()} == set(doctor_data.SEVERITIES)
 
 
-class Reader(html.parser.HTMLParser):
-  """Tags, attributes and words of a page; holds that every tag is closed in order."""
-
-  def __init__(self, page):
-    super().__init__()
-    self.tags, self.attributes, self.words, self.open = [], [], [], []
-    self.feed(page)
-    self.close()
-    assert not self.open
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    self.attributes += attrs
-    if tag not in ("meta", "img"):
-      self.open.append(tag)
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    self.words.append(data)
-
-
 @pytest.fixture
 def hostile(clean):
   """A diagnosis in which every text that comes from outside is an attack."""
@@ -439,10 +416,10 @@ def hostile(clean):
 def test_the_page_escapes_what_strangers_wrote(hostile, tmp_path):
   page = doctor_page.write(hostile, tmp_path / "deep" / "folder")
   content = page.read_text(encoding="utf-8")
-  reader = Reader(content)
+  reader = page_reader.Reader(content)
   assert not {"script", "b<", "object", "iframe"} & set(reader.tags)
-  assert not [name for name, _ in reader.attributes if name.startswith("on")]
-  addresses = [value for name, value in reader.attributes if name in ("src", "href")]
+  assert not [name for _, name, _ in reader.attributes if name.startswith("on")]
+  addresses = [value for _, name, value in reader.attributes if name in ("src", "href")]
   assert addresses and all(each.startswith("data:image/jpeg;base64,") for each in addresses)
   assert "<script" not in content and "alert(1)" in "".join(reader.words)
   assert "prefers-color-scheme:dark" in content and len(content) < 1_000_000

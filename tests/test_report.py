@@ -2,11 +2,11 @@
 
 import base64
 import copy
-import html.parser
 import io
 import math
 
 import numpy as np
+import page_reader
 import pytest
 from PIL import Image
 
@@ -19,38 +19,6 @@ LINKS = {
   "https://creativecommons.org/licenses/by-sa/4.0/",
   "https://hdl.handle.net/11356/1048",
 }
-VOID = {"meta", "img", "source"}
-
-
-class Reader(html.parser.HTMLParser):
-  """Collects a page's tags, addresses and text, and holds that every tag is closed in order."""
-
-  def __init__(self, page):
-    super().__init__()
-    self.tags, self.attributes, self.words, self.open = [], [], [], []
-    self.feed(page)
-    self.close()
-    assert not self.open
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    self.attributes += [(tag, *each) for each in attrs]
-    if tag not in VOID:
-      self.open.append(tag)
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if self.open and self.open[-1] != "style":
-      self.words.append(data)
-
-  @property
-  def text(self):
-    return " ".join("".join(self.words).split())
-
-  def addresses(self):
-    return [value for _, name, value in self.attributes if name in ("src", "srcset")]
 
 
 def interval(mean, reach=0.05):
@@ -152,7 +120,7 @@ def hostile(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(hostile):
-  return Reader(hostile.read_text(encoding="utf-8"))
+  return page_reader.Reader(hostile.read_text(encoding="utf-8"))
 
 
 def test_text_from_outside_stays_text(page):
@@ -214,7 +182,8 @@ def test_full_configuration_versions_and_times_are_shown(page):
 def test_alarm_when_winners_got_worse(page, tmp_path):
   assert "worse than the reference does (validation winner advantage −0.0002)" in page.text
   metrics = [{"step": 0, "train/winner_advantage": 1e-4}]
-  assert "worse than" not in Reader(write(tmp_path, metrics=metrics).read_text("utf-8")).text
+  page = page_reader.Reader(write(tmp_path, metrics=metrics).read_text("utf-8"))
+  assert "worse than" not in page.text
 
 
 def test_bare_report(tmp_path):
@@ -223,7 +192,7 @@ def test_bare_report(tmp_path):
   for field in ("seconds", "versions", "pairs", "prompts", "steps", "beta", "alpha", "device"):
     del summary[field]
   first = write(tmp_path / "first", summary=summary)
-  page = Reader(first.read_text("utf-8"))
+  page = page_reader.Reader(first.read_text("utf-8"))
   assert "No training records." in page.text
   assert "was fine-tuned on pairs of emoji" in page.text
   assert "Before and after" not in page.text and "Hollow points" not in page.text
@@ -250,11 +219,11 @@ def test_any_caption_can_be_written(tmp_path):
 def test_outcome_is_said_plainly(rate, expected):
   found = {"mean": None, "low": None, "high": None} if rate is None else interval(rate)
   opening = report._opening(make_summary() | {"heldout_win_rate": found})
-  assert expected in Reader(opening).text
+  assert expected in page_reader.Reader(opening).text
 
 
 def test_opening_names_the_price():
-  text = Reader(report._opening(make_summary())).text
+  text = page_reader.Reader(report._opening(make_summary())).text
   assert "for 600 steps on 1,203 pairs of emoji" in text
   assert "(95 % interval 58.1 to 68.1; 50 % is no change)" in text
   assert "prompt match went from 0.959 to 0.942" in text
@@ -263,7 +232,7 @@ def test_opening_names_the_price():
 
 def test_shift_sums_the_rest_and_owns_up_to_what_is_missing():
   shift = make_shift()
-  text = Reader(report._shift(shift)).text
+  text = page_reader.Reader(report._shift(shift)).text
   # Six bars, by use; the two emoji drawn least are summed; the rest of 1 is off the prompt.
   order = [text.index(f"emoji {k}") for k in (1, 2, 3, 4, 5, 0)]
   assert order == sorted(order)
@@ -271,7 +240,7 @@ def test_shift_sums_the_rest_and_owns_up_to_what_is_missing():
   assert "2 more with this keyword4 %4 %" in text
   assert "emoji without this keyword10 %0 %" in text
   whole = shift._replace(reference_share=[0.125] * 8, policy_share=[0.125] * 8)
-  assert "without this keyword" not in Reader(report._shift(whole)).text
+  assert "without this keyword" not in page_reader.Reader(report._shift(whole)).text
 
 
 def test_result_table_of_the_page(page):

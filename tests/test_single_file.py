@@ -135,13 +135,6 @@ def random_arrays(shapes):
   return {name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
-def assert_same_tensors(got, expected):
-  assert got.keys() == expected.keys()
-  for name, value in expected.items():
-    np.testing.assert_array_equal(got[name], value, err_msg=name)
-    assert got[name].dtype == value.dtype, name
-
-
 def to_torch(tensors):
   return {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
 
@@ -161,9 +154,9 @@ def test_parts_are_those_of_diffusers_converters(checkpoints, kind):
   }
   assert split.keys() == parts.keys()
   for part, converted in theirs.items():
-    assert_same_tensors(split[part], to_numpy(converted))
+    torch_models.assert_same_tensors(split[part], to_numpy(converted))
   for part in parts:
-    assert_same_tensors(split[part], parts[part])
+    torch_models.assert_same_tensors(split[part], parts[part])
 
 
 @pytest.mark.parametrize("kind", single_file.KINDS)
@@ -171,7 +164,8 @@ def test_a_round_trip_keeps_every_byte(checkpoints, kind):
   _, checkpoint = checkpoints(kind)
   again = single_file.join_checkpoint(single_file.split_checkpoint(checkpoint), kind)
   left_out = LEFT_OUT | LEFT_OUT_OF[kind]
-  assert_same_tensors(again, {k: v for k, v in checkpoint.items() if k not in left_out})
+  kept = {name: value for name, value in checkpoint.items() if name not in left_out}
+  torch_models.assert_same_tensors(again, kept)
 
 
 # diffusers' EulerAncestralDiscreteScheduler under numpy 2.
@@ -192,7 +186,7 @@ def test_diffusers_opens_the_file_with_our_configurations(checkpoints, tmp_path,
     got = torch_models.state_dict(getattr(pipeline, part))
     if part == "text_encoder":  # transformers 5 leaves the prefix out in memory
       got = {f"text_model.{name}": value for name, value in got.items()}
-    assert_same_tensors(got, expected)
+    torch_models.assert_same_tensors(got, expected)
   assert configs["model_index.json"]["_class_name"] == type(pipeline).__name__
   assert type(pipeline.scheduler).__name__ == configs["model_index.json"]["scheduler"][1]
 
@@ -398,7 +392,7 @@ def test_names_of_transformers_5_are_joined(checkpoints):
   parts, _ = checkpoints("sd2")
   bare = {n.removeprefix("text_model."): v for n, v in parts["text_encoder"].items()}
   joined = single_file.join_checkpoint(parts | {"text_encoder": bare}, "sd2")
-  assert_same_tensors(joined, single_file.join_checkpoint(parts, "sd2"))
+  torch_models.assert_same_tensors(joined, single_file.join_checkpoint(parts, "sd2"))
 
 
 def test_other_checkpoints_are_refused(checkpoints):

@@ -57,12 +57,6 @@ def vae_tensors():
   return torch_models.state_dict(judge), shapes
 
 
-def assert_same_tensors(got, expected):
-  assert got.keys() == expected.keys()
-  for name, value in expected.items():
-    np.testing.assert_array_equal(got[name], value, err_msg=name)
-
-
 def assert_same_tree(got, expected):
   assert jax.tree.structure(got) == jax.tree.structure(expected)
   jax.tree.map(np.testing.assert_array_equal, got, expected)
@@ -78,7 +72,7 @@ def test_bijection_and_strict_load_into_the_judge(case):
   assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
   assert all(leaf.flags.c_contiguous for leaf in jax.tree.leaves(params))
   exported = weights.to_diffusers(params)
-  assert_same_tensors(exported, tensors)
+  torch_models.assert_same_tensors(exported, tensors)
   assert all(value.flags.c_contiguous for value in exported.values())
   assert_same_tree(weights.from_diffusers(exported, shapes), params)
   if case != "clip":
@@ -136,7 +130,7 @@ def test_names_of_both_transformers_versions_are_read(tmp_path):
   safetensors_io.save_safetensors(tmp_path / "model.safetensors", exported)
   reopened, report = transformers.CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
   assert not any(report.values()), report
-  assert_same_tensors(torch_models.state_dict(reopened), bare)
+  torch_models.assert_same_tensors(torch_models.state_dict(reopened), bare)
 
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -286,7 +280,7 @@ def test_save_has_metadata_and_dtype_and_opens_in_diffusers(tmp_path, vae_tensor
   loaded = safetensors_io.load_safetensors(file)
   assert {value.dtype.name for value in loaded.values()} == {dtype}
   rounded = {name: value.astype(safetensors_io.DTYPES[dtype]) for name, value in tensors.items()}
-  assert_same_tensors(dict(loaded), rounded)
+  torch_models.assert_same_tensors(dict(loaded), rounded)
   reread = weights.load_params(file, shapes)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(reread)} == {"float32"}
 

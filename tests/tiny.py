@@ -150,7 +150,7 @@ def make_base(
     if kind == "sdxl":
       for unknown in ("requires_safety_checker", "safety_checker"):
         index.pop(unknown)
-    emoji_base.write_json(design / "model_index.json", index)
+    export.write_json(design / "model_index.json", index)
   if kind == "sdxl":
     _write_second_encoder(design)
   base = base_lib.load_base(str(design), initial_seed=seed)
@@ -167,11 +167,11 @@ def _write_second_encoder(design: pathlib.Path) -> None:
   """SDXL's second encoder; its tokenizer pads with "!", token 0, in place of the end token."""
   first = json.loads((design / "text_encoder" / "config.json").read_text())
   vocabulary = {name: first[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
-  emoji_base.write_json(design / "text_encoder_2" / "config.json", TEXT_ENCODER_2 | vocabulary)
+  export.write_json(design / "text_encoder_2" / "config.json", TEXT_ENCODER_2 | vocabulary)
   shutil.copytree(design / "tokenizer", design / "tokenizer_2")
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
     path = design / "tokenizer_2" / name
-    emoji_base.write_json(path, json.loads(path.read_text()) | {"pad_token": "!"})
+    export.write_json(path, json.loads(path.read_text()) | {"pad_token": "!"})
 
 
 def sampling(**more) -> config_lib.SamplingConfig:

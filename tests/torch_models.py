@@ -387,3 +387,11 @@ def channels_first(array):
 def channels_last(tensor):
   """NCHW tensor -> NHWC array."""
   return np.moveaxis(tensor.detach().numpy(), 1, -1)
+
+
+def assert_same_tensors(got, expected):
+  """The same names, shapes, types and values."""
+  assert got.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
+    assert got[name].dtype == value.dtype, name

@@ -50,7 +50,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     ValueError: pixels are floats or 32-bit integers, whose range nothing says.
   """
   image.load()
-  turn = _TURNS.get(_orientation(image))
+  turn = _TURNS.get(orientation(image))
   if image.mode in ("I", "F"):
     raise ValueError(f"pixels of mode {image.mode!r} have no known range; expected 8 or 16 bits")
   if image.mode.startswith("I;16"):
@@ -127,7 +127,8 @@ def _check_pixels(width: int, height: int) -> None:
     raise ValueError(f"{width}x{height} pixels; expected at most {MAX_PIXELS} in all")
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+  """EXIF's orientation, 1 where it is upright or says nothing."""
   try:
     return image.getexif().get(_ORIENTATION, 1)
   except Exception:  # damaged EXIF, of many kinds; browsers show such a picture as it lies
