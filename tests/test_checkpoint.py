@@ -168,6 +168,7 @@ def test_fingerprint_refuses_paths_that_coincide():
 # round trip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp"), [(4, 2), (1, 8), (8, 1)])
 def test_state_comes_back_bit_for_bit_on_any_mesh(tmp_path, data, fsdp):
   state, _ = save_one(tmp_path)
@@ -179,6 +180,7 @@ def test_state_comes_back_bit_for_bit_on_any_mesh(tmp_path, data, fsdp):
   assert jax.tree.map(lambda x: x.sharding, restored) == places
 
 
+@pytest.mark.slow
 def test_restored_state_trains_on_as_the_saved_one(tmp_path):
   state, abstract = save_one(tmp_path)
   step = make_step(jax.tree.map(lambda x: x.sharding, abstract))
@@ -227,6 +229,7 @@ def test_donating_the_state_at_once_does_not_change_what_is_saved(tmp_path):
 # what is kept
 
 
+@pytest.mark.slow
 def test_last_and_best_are_kept(tmp_path):
   state, _ = placed_state(sharding.make_mesh())
   margins = {1: 0.9, 2: 0.9, 3: float("nan"), 4: 0.3, 5: None}

@@ -190,6 +190,7 @@ def test_doctor_of_sound_pairs(capsys, tmp_path):
   assert "drawing" in page and "page: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_doctor_of_broken_pairs_fails(capsys, tmp_path):
   folder = pair_files.write_drawings(tmp_path / "own", broken=5)
   arguments = ["doctor", "data", "pairs", "--path", str(folder), "--out", str(tmp_path / "out")]
@@ -197,6 +198,7 @@ def test_doctor_of_broken_pairs_fails(capsys, tmp_path):
   assert "broken-row" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_doctor_of_nothing(capsys, tmp_path):
   out = tmp_path / "out"
   assert "pickapic_v2" in fail(capsys, "doctor", "data", "none", "--out", out)

@@ -163,6 +163,7 @@ def test_a_perfect_prediction_splits_into_latents_and_noise(prediction_type, nam
 # --- the draw ---
 
 
+@pytest.mark.slow
 def test_noising_is_a_function_of_the_key():
   shape = (8, 2, 2, 3)
   first = diffusion.sample_noising(jax.random.key(5), shape, 1000)
@@ -193,6 +194,7 @@ def test_timesteps_have_their_density_over_the_whole_range(power):
   assert low < statistic < high
 
 
+@pytest.mark.slow
 def test_noise_is_standard_normal_and_independent():
   timesteps, noise = diffusion.sample_noising(jax.random.key(12), (256, 4, 4, 8), 1000)
   flat = np.asarray(noise, np.float64).reshape(256, -1)

@@ -381,6 +381,7 @@ def test_settings_out_of_range(clean, setting):
     diagnose(clean, **setting)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_pictures():
   noisy = rows.Source("noise", {"train": [Noise("n", 200)]}, "MIT", "", "")
   doctor_data.diagnose(noisy._replace(splits={"train": [Noise("n", 20)]}), resolution=64)

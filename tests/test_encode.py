@@ -93,6 +93,7 @@ def raw(builder, split):
   return list(builder.as_data_source(split))
 
 
+@pytest.mark.slow
 def test_moments_tokens_and_order_are_those_of_the_source(builder, tmp_path):
   encoded = run(builder, tmp_path / "out")
   assert set(encoded.splits) == {"train", "validation", "test"}
@@ -113,6 +114,7 @@ def test_moments_tokens_and_order_are_those_of_the_source(builder, tmp_path):
   assert "tensorflow" not in sys.modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batches_are_full_and_pictures_encoded_once(builder, tmp_path, batch_size):
   counting = Counting()
@@ -129,6 +131,7 @@ def test_batches_are_full_and_pictures_encoded_once(builder, tmp_path, batch_siz
   assert len(counting.shapes) <= len(pictures) // batch_size + 3
 
 
+@pytest.mark.slow
 def test_the_bounds_on_memory_change_nothing(builder, tmp_path, monkeypatch):
   whole = run(builder, tmp_path / "whole")
   monkeypatch.setattr(encode_shard, "_CACHED_IMAGES", 4)

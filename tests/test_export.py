@@ -88,6 +88,7 @@ def test_diffusers_predicts_the_same_noise(exported):
   np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_untrained_parts_are_copied_bit_for_bit(tiny_base, tmp_path):
   base = base_lib.load_base(str(tiny_base))
   folder = export.export_folder(base, tmp_path / "m", trained={}, card="")
@@ -109,6 +110,7 @@ def test_half_precision_weights(tiny_base, tmp_path, dtype):
   np.testing.assert_allclose(again, base.params["unet"]["conv_in"]["kernel"], rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_export_is_not_overwritten_unless_asked(tiny_base, tmp_path):
   base = base_lib.load_base(str(tiny_base))
   folder = export.export_folder(base, tmp_path / "m", trained={}, card="first")

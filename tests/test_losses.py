@@ -556,6 +556,7 @@ def test_js_is_bounded_by_log_two():
 # The yardstick
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in (*EXPONENTIAL, "ipo")])
 def test_peak_gradient_weight_is_the_largest_slope(name):
   loss, oracle = LOSSES[name]

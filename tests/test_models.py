@@ -236,6 +236,7 @@ def test_timestep_embedding_by_hand():
   np.testing.assert_allclose(embedding, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 5, 13, 47])
 def test_upsample_nearest_equals_torch(length):
   x = np.arange(2 * length * (length + 1), dtype=np.float32).reshape(2, length, length + 1, 1)
@@ -430,6 +431,7 @@ def test_clip_refuses_too_many_tokens():
     init.param_shapes(ours, np.zeros((1, 12), np.int32))
 
 
+@pytest.mark.slow
 def test_clip_vision_equals_transformers():
   config = torch_models.VISION_SMALL
   judge = torch_models.clip(config)

@@ -35,6 +35,7 @@ def test_from_a_folder_to_images(tiny_base, tmp_path, capsys):
   assert "pairs cannot be measured yet" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prepare_counts_what_it_leaves_out_and_goes_on(tiny_base, tmp_path, capsys):
   rows = [pair_files.pickapic_row(index, [1.0, 0.0, 0.5][index % 3]) for index in range(30)]
   folder = tmp_path / "pickapic" / "data"

@@ -245,6 +245,7 @@ def written_by(scheduler):
   return {"_class_name": type(scheduler).__name__, **scheduler.config}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_defaults_are_those_of_the_class(sampler):
   """A file that says as little as it may, and one that says all, are what the class makes of it."""

@@ -143,6 +143,7 @@ def to_numpy(tensors):
   return {name: value.numpy() for name, value in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", single_file.KINDS)
 def test_parts_are_those_of_diffusers_converters(checkpoints, kind):
   parts, checkpoint = checkpoints(kind)
@@ -169,6 +170,7 @@ def test_a_round_trip_keeps_every_byte(checkpoints, kind):
 
 
 # diffusers' EulerAncestralDiscreteScheduler under numpy 2.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", single_file.KINDS)
 def test_diffusers_opens_the_file_with_our_configurations(checkpoints, tmp_path, kind):

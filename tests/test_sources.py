@@ -219,6 +219,7 @@ def test_a_shard_that_went_away_is_named(tmp_path):
     read(source)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_cannot_be_read_is_a_clear_error():
   options = "scheme=http&endpoint_override=127.0.0.1:9&retry_limit_seconds=1"  # nobody listens
   with pytest.raises(
@@ -248,6 +249,7 @@ def test_the_fingerprint_follows_names_and_sizes(tmp_path):
   assert len({first, resized, renamed, other}) == 4
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_the_number_of_rows(tmp_path):
   """4,000 rows (120 MB, in the same row groups of 100) peak at most 16 MB above 400."""
   images = [pair_files.noise(seed) for seed in range(64)]
@@ -535,6 +537,7 @@ def test_half_a_character_is_no_caption():
   assert faults.check_caption("\U0001f600") == "\U0001f600"
 
 
+@pytest.mark.slow
 def test_emoji_are_the_pairs_of_the_builder():
   source = registry.open_source("emoji_choice/top160")
   pairs = pairs_lib.split_pairs(pairs_lib.form_pairs(emoji_lib.load_emoji(160)))

@@ -49,6 +49,7 @@ def copy(folder, target, *, without=(), pad=None):
   return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
 @pytest.mark.parametrize("without", [(), ("tokenizer.json",)])
 def test_ids_equal_those_of_transformers(folder, tmp_path, without, pad):

@@ -62,6 +62,7 @@ def assert_same_tree(got, expected):
   jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_bijection_and_strict_load_into_the_judge(case):
   judge, shapes = CASES[case]()
@@ -267,6 +268,7 @@ def test_files_of_diffusers_are_read(tmp_path):
   assert_same_tree(weights.load_params(str(file), shapes), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_save_has_metadata_and_dtype_and_opens_in_diffusers(tmp_path, vae_tensors, dtype):
   tensors, shapes = vae_tensors
