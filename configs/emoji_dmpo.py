@@ -36,9 +36,14 @@ def get_config():
   config.data = ml_collections.ConfigDict()
   config.data.dataset = "emoji_choice/top160"
   config.data.path = config_dict.placeholder(str)  # where other data sets lie
+  config.data.mixture = config_dict.placeholder(str)  # several sets: "pickapic_v2=4 hpdv3=1"
+  config.data.validation_share = 0.05  # of the captions, where a data set has no such split
   config.data.resize = "lanczos"  # or bilinear, as Diffusion-DPO has it
   config.data.crop = "center"
   config.data.flip = 0.0  # letters and arrows are among them
+  config.data.independent = False  # True crops and mirrors winner and loser apart, as older code
+  config.data.prompt_embeds = False  # True: prepare runs the text encoders, training does not
+  config.data.workers = 0  # processes that read ahead; 0: threads
   config.data.broken_limit = 0.01  # share of broken rows that is let pass
   # 1: uniform timesteps, as in the paper. 4 prefers the noisy ones, where alone the caption decides
   # what is drawn: with these 256-number latents that is the last seventh of the schedule.

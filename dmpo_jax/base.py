@@ -161,13 +161,24 @@ class Base:
     unscaled = latents / self.vae.config.scaling_factor
     return jnp.clip(self.vae.apply({"params": params}, unscaled, method="decode"), -1.0, 1.0)
 
-  def data_fingerprint(self) -> str:
-    """Identifies what encoded data depends on: the VAE, the tokenizers and the resolution."""
+  def part_params(self, part: str) -> Any:
+    """Parameters of a model: those in `params`; else read from the folder now, and not kept."""
+    if part in self.params:
+      return self.params[part]
+    return weights.load_params(self.folder / part, self.shapes[part])
+
+  def data_fingerprint(self, text_encoders: bool = False) -> str:
+    """Identifies what encoded data depends on: the VAE, the tokenizers and the resolution.
+
+    Args:
+      text_encoders: whether it depends on the text encoders too, as stored prompt embeddings do.
+    """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(str(self.resolution).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(self.params["vae"]):
-      digest.update(jax.tree_util.keystr(path).encode())
-      digest.update(np.ascontiguousarray(leaf).tobytes())
+    for part in ("vae", *(self.encoders if text_encoders else ())):
+      for path, leaf in jax.tree_util.tree_leaves_with_path(self.part_params(part)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).data)
     for name in self.encoders:
       files = [self.folder / tokenizer_folder(name) / file for file in ("vocab.json", "merges.txt")]
       if not all(file.exists() for file in files):

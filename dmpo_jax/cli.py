@@ -59,6 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
 
   prepare = add("prepare", run_prepare, "build the TFDS pairs and encode them to latents")
   folder(prepare, "--data", "folder for the data sets")
+  prepare.add_argument(
+    "--beam",
+    metavar="OPTIONS",
+    help="encode with Apache Beam; its options as one text, after '=': --beam='--runner=...', or "
+    "--beam= for its local runner (extra: beam)",
+  )
 
   train = add("train", run_train, "preference optimisation; run again to resume")
   folder(train, "--data", "folder that `dmpo prepare` filled")
@@ -212,10 +218,14 @@ def run_demo(options, overrides, command) -> None:
 def run_prepare(options, overrides, command) -> None:
   """`dmpo prepare`."""
   del command
+  from dmpo_jax import base as base_lib
+  from dmpo_jax import config as config_lib
   from dmpo_jax import stages
 
-  config, base = _load(options, overrides)
-  encoded = stages.prepare(config, base, options.data)
+  config = config_lib.from_dict(read_config(options.config, overrides))
+  stages.check_settings(config)
+  base = base_lib.load_base(config.base, parts=("vae",))  # the text encoders are read if need be
+  encoded = stages.prepare(config, base, options.data, options.beam)
   print(f"pairs: {encoded.metadata['counts']}, in {options.data}")
 
 

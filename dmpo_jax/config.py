@@ -74,20 +74,34 @@ class DataConfig:
   """Attributes:
   dataset: of `data.sources.registry`: emoji_choice/top160, pairs, pickapic_v2, ...
   path: the folder or bucket where it lies; None for emoji_choice, which comes with packages.
+  mixture: encoded data sets to train on in place of `dataset` alone, with their weights:
+    "pickapic_v2=4 hpdv3=1"; see `data.mixture`.
+  validation_share: share of the captions, [0, 1), that is held out of training with all their
+    pairs, for data sets that come without a validation split.
   resize: filter of the short side's resizing, bilinear (as Diffusion-DPO) or lanczos.
   crop: center, or random along the long side.
   flip: probability in [0, 1] that a pair is mirrored, winner and loser together.
+  independent: crops and mirrors winner and loser apart, as the published code of Diffusion-DPO
+    does; only for a comparison with it.
+  prompt_embeds: whether `dmpo prepare` runs the text encoders too and stores their output, so that
+    training needs none of them.
   broken_limit: share of broken rows, [0, 1], above which `dmpo prepare` stops.
+  workers: processes that read ahead on each host; 0: threads of the training process.
   caption_dropout: probability in [0, 1) that a pair is trained on with the empty caption.
   timestep_power: density of the training timesteps is proportional to t^(power - 1); 1: uniform.
   """
 
   dataset: str
   path: str | None
+  mixture: str | None
+  validation_share: float
   resize: str
   crop: str
   flip: float
+  independent: bool
+  prompt_embeds: bool
   broken_limit: float
+  workers: int
   caption_dropout: float
   timestep_power: float
 
@@ -97,9 +111,12 @@ class DataConfig:
     for name in ("flip", "broken_limit"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"data.{name}: expected [0, 1], got {getattr(self, name)}")
-    if not 0 <= self.caption_dropout < 1:
-      raise ValueError(f"data.caption_dropout: expected [0, 1), got {self.caption_dropout}")
+    for name in ("validation_share", "caption_dropout"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"data.{name}: expected [0, 1), got {getattr(self, name)}")
     _check_positive("data.timestep_power", self.timestep_power)
+    if self.workers < 0:
+      raise ValueError(f"data.workers: expected at least 0, got {self.workers}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Frozen(NamedTuple):
 
   Attributes:
     reference: UNet parameters of the reference.
-    text_encoders: name -> parameters.
+    text_encoders: name -> parameters; None where the batches hold the prompts' embeddings.
     adapter: where a low-rank delta is trained: it at its start, zero, on top of the reference.
   """
 
@@ -93,6 +93,7 @@ class PairExamples(NamedTuple):
   p_choice: Float[Array, " B"] | None
   time_ids: Float[Array, "B 6"] | None
   image_latents: Float[Array, "B h w c"] | None
+  stored: types.Conditions | None  # the prompt's embeddings, where they were made beforehand
 
 
 def preference_objective(
@@ -137,10 +138,13 @@ def preference_objective(
       batch.p_choice if soft_labels else None,
       batch.time_ids,
       image_latents,
+      _stored_conditions(batch),
     )
 
   def loss(params, frozen: Frozen, examples: PairExamples):
-    conditions = denoiser.embed(frozen.text_encoders, examples.input_ids, examples.time_ids)
+    conditions = examples.stored
+    if conditions is None:
+      conditions = denoiser.embed(frozen.text_encoders, examples.input_ids, examples.time_ids)
     conditions = conditions._replace(image_latents=examples.image_latents)
     policy, reference = params, frozen.reference
     if frozen.adapter is not None:
@@ -169,6 +173,15 @@ def preference_objective(
     return values, metrics
 
   return train_step.Objective(draw, loss)
+
+
+def _stored_conditions(batch: types.PreferenceBatch) -> types.Conditions | None:
+  if batch.prompt_embeds is None:
+    return None
+  embeds, added = batch.prompt_embeds.astype(jnp.float32), None
+  if batch.text_embeds is not None:
+    added = types.AddedConditions(batch.text_embeds.astype(jnp.float32), batch.time_ids)
+  return types.Conditions(embeds, added)
 
 
 class CaptionedExamples(NamedTuple):

@@ -4,8 +4,9 @@ A batch is split over both axes: every device works on its own examples. Paramet
 moments are split over "fsdp" only and repeated along "data".
 """
 
+import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -106,6 +107,22 @@ def put_batch(batch: PyTree[np.ndarray], mesh: Mesh) -> PyTree[jax.Array]:
   """
   place = batch_sharding(mesh)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), batch)
+
+
+def place_ahead(
+  batches: Iterable[PyTree[np.ndarray]], mesh: Mesh, *, ahead: int = 1
+) -> Iterator[PyTree[jax.Array]]:
+  """`put_batch` of every batch, `ahead` of them before they are asked for.
+
+  The copy to the devices then runs beside the step before it. Each batch ahead is held in device
+  memory besides the one that is worked on.
+  """
+  placed: collections.deque[PyTree[jax.Array]] = collections.deque()
+  for batch in batches:
+    placed.append(put_batch(batch, mesh))
+    if len(placed) > ahead:
+      yield placed.popleft()
+  yield from placed
 
 
 def put_tree(tree: PyTree, shardings: PyTree) -> PyTree[jax.Array]:

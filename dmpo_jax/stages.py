@@ -6,6 +6,7 @@ are those of the last time.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -13,11 +14,13 @@ import json
 import math
 import pathlib
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -37,14 +40,29 @@ from dmpo_jax import (
   train,
 )
 from dmpo_jax import config as config_lib
-from dmpo_jax.data import encode, geometry, images, rows, tfds_source
+from dmpo_jax.data import (
+  beam_encode,
+  encode,
+  encode_shard,
+  geometry,
+  images,
+  mixture,
+  rows,
+  tfds_source,
+)
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 from dmpo_jax.data.emoji_choice import emoji_choice_dataset_builder as emoji_choice
 from dmpo_jax.data.emoji_choice import measure
 from dmpo_jax.data.emoji_choice import pairs as pairs_lib
 from dmpo_jax.data.sources import registry
 
-ENCODE_BATCH = 64
+# Pixels that the VAE encodes at once on one device: 8 pictures of 512 x 512. Only multiples of 8
+# are taken, else one picture. The TPU compiler asks for 3.5 GiB of temporaries for 8 of 512 x 512,
+# 1.5 GiB for one of 1024 x 1024, of the 15.75 of a v5e chip (float32, Stable Diffusion's VAE), and
+# sets them at 7.7 and 51 ms each; 2 or 4 do not fill its tiles of 8: each takes as long as two.
+PIXELS_PER_DEVICE = 2**21
+PICTURES_PER_TILE = 8
+PICTURES_PER_DEVICE = 64  # of small ones: more would only delay the first pairs of a shard
 EMOJI = "emoji_choice/"
 REPORT_PROMPTS = 8  # shown in the report's grids
 EVALUATION_SEED = 1  # of the sampling noise; not the seed of the base's own measurement
@@ -74,23 +92,46 @@ def check_settings(config: config_lib.Config) -> None:
   Raises:
     ValueError: names the field.
   """
-  check_dataset(config.data)
+  if config.data.mixture is None:
+    check_dataset(config.data)
+  else:
+    mixture.parse_mixture(config.data.mixture)
   tasks.bind_loss(config.objective)
 
 
 def prepare(
-  config: config_lib.Config, base: base_lib.Base, data_dir: pathlib.Path
+  config: config_lib.Config,
+  base: base_lib.Base,
+  data_dir: pathlib.Path,
+  beam: str | None = None,
 ) -> encode.Encoded:
   """Encodes the pairs with the base's VAE and tokenizer, goes on where it was, or reuses them.
 
-  The emoji are built as a TFDS data set first; other sources are read where they lie.
+  The emoji are built as a TFDS data set first; other sources are read where they lie. All devices
+  of this machine share the work.
+
+  Args:
+    beam: options of an Apache Beam pipeline whose workers encode, see `beam_encode`; None: this
+      process does.
 
   Raises:
-    ValueError: an unknown data set, nothing of it where it should lie, too many broken rows, or
-      `data_dir` holds latents of another base or source.
+    ValueError: an unknown data set, nothing of it where it should lie, too many broken rows,
+      `data_dir` holds latents of another base or source or is no path, a worker failed, or this is
+      one of several processes.
   """
-  encode_fn = encoder(base)
+  _check_place(data_dir)
   source = open_source(config, data_dir)
+  folder = latents_folder(config, data_dir)
+  fingerprint = base.data_fingerprint(config.data.prompt_embeds)
+  if beam is not None:
+    return beam_encode.encode_source(
+      source,
+      folder.absolute(),  # workers stand elsewhere
+      make_recipe=WorkerRecipe(config, fingerprint),
+      fingerprint=fingerprint,
+      broken_limit=config.data.broken_limit,
+      options=beam,
+    )
   with logs.progress(_count_shards(source), 0, "encoding shards") as bar:
     started = time.monotonic()
 
@@ -100,31 +141,122 @@ def prepare(
 
     return encode.encode_source(
       source,
-      latents_folder(config, data_dir),
-      encode_images=encode_fn,
-      tokenize=base.tokenizer,
-      geometry=geometry.Geometry(
-        base.resolution,
-        crop=config.data.crop,
-        flip=config.data.flip,
-        seed=config.seed,
-        resize=config.data.resize,
-      ),
-      fingerprint=base.data_fingerprint(),
-      batch_size=ENCODE_BATCH,
-      time_ids=len(base.encoders) > 1,
+      folder,
+      **make_recipe(config, base)._asdict(),
+      fingerprint=fingerprint,
       broken_limit=config.data.broken_limit,
       progress=progress,
     )
 
 
-def encoder(base: base_lib.Base) -> Callable[[np.ndarray], np.ndarray]:
-  """Pictures [n, H, W, 3] -> moments, n a multiple of the devices, which share the work."""
-  mesh = sharding.make_mesh()
+def _check_place(data_dir: pathlib.Path) -> None:
+  if re.match(r"[a-z0-9]+:/", str(data_dir)):
+    raise ValueError(
+      f"--data: expected a path, got the address {data_dir}; mount the bucket (Cloud Storage FUSE) "
+      "and give the folder where it is mounted"
+    )
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"prepare: expected one process, got {jax.process_count()}, which would write the same files;"
+      " run it once, on one machine or with --beam, before training starts on all"
+    )
+
+
+def make_recipe(config: config_lib.Config, base: base_lib.Base) -> encode_shard.Recipe:
+  """How this process, with all of its devices, encodes the configuration's pairs."""
+  return encode_shard.Recipe(
+    encode_images=encoder(base),
+    tokenize=base.tokenizer,
+    geometry=geometry.Geometry(
+      base.resolution,
+      crop=config.data.crop,
+      flip=config.data.flip,
+      independent=config.data.independent,
+      seed=config.seed,
+      resize=config.data.resize,
+    ),
+    time_ids=len(base.encoders) > 1,
+    batch_size=encode_batch(base.resolution, jax.local_device_count()),
+    embed=embedder(base) if config.data.prompt_embeds else None,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerRecipe:
+  """`make_recipe` in another process, which reads the base anew.
+
+  Attributes:
+    fingerprint: of the base that is expected there.
+
+  Raises:
+    ValueError: when called: the worker's base is another, or is not to be found.
+  """
+
+  config: config_lib.Config
+  fingerprint: str
+
+  def __call__(self) -> encode_shard.Recipe:
+    base = base_lib.load_base(self.config.base, parts=("vae",))
+    found = base.data_fingerprint(self.config.data.prompt_embeds)
+    if found != self.fingerprint:
+      raise ValueError(
+        f"base {self.config.base!r}: this worker has another than the process that started it "
+        f"(fingerprint {found}, expected {self.fingerprint}); give a folder that all of them see"
+      )
+    return make_recipe(self.config, base)
+
+
+def encode_batch(resolution: int, devices: int) -> int:
+  """Pictures that the VAE encodes at once on `devices` devices; a multiple of them.
+
+  Args:
+    resolution: pixels on a side.
+
+  >>> [encode_batch(pixels, 1) for pixels in (32, 256, 512, 768, 1024)]
+  [64, 32, 8, 1, 1]
+  >>> encode_batch(512, 3)
+  24
+  """
+  tiles = PIXELS_PER_DEVICE // resolution**2 // PICTURES_PER_TILE
+  return devices * max(1, min(PICTURES_PER_DEVICE, tiles * PICTURES_PER_TILE))
+
+
+def encoder(base: base_lib.Base) -> encode_shard.EncodeImages:
+  """Pictures [n, H, W, 3] -> moments, n a multiple of this process's devices, which share them."""
+  mesh = sharding.make_mesh(devices=jax.local_devices())
   batches = sharding.batch_sharding(mesh)
-  params = jax.device_put(base.params["vae"], sharding.replicated(mesh))
+  params = jax.device_put(base.part_params("vae"), sharding.replicated(mesh))
   encode_fn = jax.jit(base.encode, in_shardings=(None, batches), out_shardings=batches)
   return lambda batch: np.asarray(encode_fn(params, sharding.put_batch(batch, mesh)))
+
+
+def embedder(base: base_lib.Base) -> encode_shard.Embed:
+  """Ids of at most `CAPTION_BATCH` captions -> embeddings; this process's devices share the work.
+
+  The text encoders compute in float32, whatever training computes in: what is stored serves both.
+  """
+  mesh = sharding.make_mesh(devices=jax.local_devices())
+  batches = sharding.batch_sharding(mesh)
+  exact = {name: base.models[name].clone(dtype=jnp.float32) for name in base.encoders}
+  base = dataclasses.replace(base, models=base.models | exact)
+  params = {name: base.part_params(name) for name in base.encoders}
+  params = jax.device_put(params, sharding.replicated(mesh))
+  size = -(-encode_shard.CAPTION_BATCH // mesh.size) * mesh.size
+
+  @functools.partial(jax.jit, in_shardings=(None, batches), out_shardings=batches)
+  def embed(params, ids):
+    conditions = base.embed(params, ids)
+    fields = {"prompt_embeds": conditions.prompt_embeds}
+    if conditions.added is not None:
+      fields["text_embeds"] = conditions.added.text_embeds
+    return fields
+
+  def run(ids):
+    batch = np.resize(ids, (size, *ids.shape[1:]))  # repeats to fill
+    fields = embed(params, sharding.put_batch(batch, mesh))
+    return {name: np.asarray(value)[: len(ids)] for name, value in fields.items()}
+
+  return run
 
 
 def open_source(config: config_lib.Config, data_dir: pathlib.Path) -> rows.Source:
@@ -133,9 +265,13 @@ def open_source(config: config_lib.Config, data_dir: pathlib.Path) -> rows.Sourc
   Raises:
     ValueError: an unknown data set, or nothing of it where it should lie.
   """
+  if config.data.mixture is not None:
+    raise ValueError("data.mixture: is of sets that are prepared; prepare each of them by itself")
   check_dataset(config.data)
   if not config.data.dataset.startswith(EMOJI):
-    return registry.open_source(config.data.dataset, config.data.path)
+    return registry.open_source(
+      config.data.dataset, config.data.path, validation_share=config.data.validation_share
+    )
   tfds.disable_progress_bar()
   builder = emoji_choice.Builder(
     data_dir=data_dir / "tfds", config=config.data.dataset.removeprefix(EMOJI)
@@ -168,8 +304,11 @@ def latents_folder(config: config_lib.Config, data_dir: pathlib.Path) -> pathlib
 def open_data(
   config: config_lib.Config, base: base_lib.Base, data_dir: pathlib.Path
 ) -> encode.Encoded:
-  """The encoded pairs that `prepare` left in `data_dir`."""
-  return encode.open_encoded(latents_folder(config, data_dir), fingerprint=base.data_fingerprint())
+  """The encoded pairs that `prepare` left in `data_dir`, or the mixture of several such sets."""
+  fingerprint = base.data_fingerprint(config.data.prompt_embeds)
+  if config.data.mixture is not None:
+    return mixture.open_mixture(config.data.mixture, data_dir / "latents", fingerprint=fingerprint)
+  return encode.open_encoded(latents_folder(config, data_dir), fingerprint=fingerprint)
 
 
 def train_policy(

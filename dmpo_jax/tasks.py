@@ -99,8 +99,9 @@ def preference_task(
   """Preference optimisation of the base's UNet, or of a low-rank delta on it, on encoded pairs.
 
   Raises:
-    ValueError: the data have no source images and the base edits, or the other way round; fewer
-      pairs than a batch; bad low-rank settings.
+    ValueError: the data have no source images and the base edits, or the other way round; they
+      have stored embeddings and the configuration wants none, or the other way round; fewer pairs
+      than a batch; bad low-rank settings.
   """
   loss_fn = bind_loss(config.objective)
   objective = objectives.preference_objective(
@@ -115,12 +116,17 @@ def preference_task(
     raise ValueError(
       f"batch_size: {config.batch_size} is larger than the {len(source)} pairs of the train split"
     )
-
-  if ("source_moments" in source[0]) != base.edits:
+  pair = pipeline.first_pair(source)
+  if ("source_moments" in pair) != base.edits:
     has, expected = ("no", "some") if base.edits else ("", "none")
     raise ValueError(
       f"{config.data.dataset}: its pairs have {has} source images; expected {expected}, as the "
       f"base {config.base} {'edits images' if base.edits else 'does not edit images'}"
+    )
+  if ("prompt_embeds" in pair) != config.data.prompt_embeds:
+    raise ValueError(
+      f"data.prompt_embeds: {config.data.prompt_embeds}, but the pairs were prepared with"
+      f" {not config.data.prompt_embeds}; set it so, or prepare into another folder"
     )
   held_out = encoded.splits.get("validation")  # few pairs may leave none
   unet_params = base.params["unet"]
@@ -134,16 +140,19 @@ def preference_task(
       seed=seed,
       batch_size=config.batch_size,
       caption_dropout=config.data.caption_dropout,
-      empty_ids=base.tokenizer([""])[0],
+      empty_caption=encoded.empty_caption,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       start=start,
+      workers=config.data.workers,
     )
 
   return Task(
     params=params,
     frozen=objectives.Frozen(
-      reference_params(unet_params, config.precision.reference), base.text_params, adapter
+      reference_params(unet_params, config.precision.reference),
+      None if config.data.prompt_embeds else base.text_params,
+      adapter,
     ),
     objective=objective,
     batches=batches,

@@ -7,6 +7,7 @@ The same command run again goes on from the last checkpoint.
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 BEST_METRIC = "validation/margin"
 # What may differ when a run is resumed: it changes neither the parameters nor what they mean.
-FREE_ON_RESUME = ("fsdp", "log_every", "validate_every", "save_every", "keep", "sampling")
+FREE_ON_RESUME = "fsdp log_every validate_every save_every keep sampling data.workers".split()
 VALIDATION_STREAM = 2**31 - 1  # folded into the root key in place of a step, which stays below
 
 
@@ -103,8 +104,9 @@ def train(
         log.write(0, validation)
       clock, clock_step = time.monotonic(), start
       bar.set_postfix_str("compiling the step")
-      for step, batch in zip(range(start, config.steps), task.batches(start), strict=False):
-        state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh), root_key)
+      batches = itertools.islice(task.batches(start), config.steps - start)
+      for step, batch in enumerate(sharding.place_ahead(batches, mesh), start):
+        state, metrics = step_fn(state, frozen, batch, root_key)
         done = step + 1
         pending.append((done, metrics))
         if len(pending) > 1:  # let the device run one step ahead of the host

@@ -43,6 +43,8 @@ class PreferenceBatch(NamedTuple):
     p_choice: probability, [0.5, 1], that people choose the preferred image; for soft labels.
     time_ids: SDXL only, see `AddedConditions`.
     source_moments: InstructPix2Pix only: of the image to edit.
+    prompt_embeds: where the text encoders were run beforehand, see `Conditions`.
+    text_embeds: likewise, SDXL only, see `AddedConditions`.
   """
 
   moments_w: Float[Array, "B h w c2"]
@@ -51,6 +53,8 @@ class PreferenceBatch(NamedTuple):
   p_choice: Float[Array, " B"] | None = None
   time_ids: Float[Array, "B 6"] | None = None
   source_moments: Float[Array, "B h w c2"] | None = None
+  prompt_embeds: Float[Array, "B L D"] | None = None
+  text_embeds: Float[Array, "B P"] | None = None
 
 
 class CaptionedBatch(NamedTuple):

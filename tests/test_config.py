@@ -247,6 +247,9 @@ NAN, INF = float("nan"), float("inf")
     ("data.caption_dropout", 1.0, "[0, 1), got 1.0"),
     ("data.caption_dropout", -0.1, "[0, 1), got -0.1"),
     ("data.caption_dropout", NAN, "[0, 1), got nan"),
+    ("data.validation_share", 1.0, "[0, 1), got 1.0"),
+    ("data.validation_share", -0.1, "[0, 1), got -0.1"),
+    ("data.workers", -1, "at least 0, got -1"),
     ("data.timestep_power", 0.0, "> 0 and finite, got 0.0"),
     ("data.timestep_power", INF, "> 0 and finite, got inf"),
     ("optim.name", "sgd", "one of adamw, adafactor, got 'sgd'"),
@@ -283,6 +286,7 @@ def test_values_out_of_range_are_named(demo, path, value, expected):
   [
     ("seed", 0),
     ("data.caption_dropout", 0.0),
+    ("data.validation_share", 0.0),
     ("optim.warmup_steps", 0),
     ("optim.warmup_steps", 249),
     ("optim.b1", 0.0),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tensorflow_datasets as tfds
 from PIL import Image
 
@@ -170,7 +171,7 @@ def test_the_pipeline_reads_it(builder, tmp_path):
   encoded = run(builder, tmp_path / "out")
   source = encoded.splits["train"]
   batches = pipeline.preference_batches(
-    source, seed=0, batch_size=4, caption_dropout=0.5, empty_ids=encoded.empty_ids
+    source, seed=0, batch_size=4, caption_dropout=0.5, empty_caption=encoded.empty_caption
   )
   first = next(itertools.islice(batches, 1))
   assert first.moments_w.shape == (4, 8, 8, 4) and first.input_ids.shape == (4, 10)
@@ -598,21 +599,163 @@ def test_missing_shards_are_those_that_would_be_encoded(tmp_path):
   assert encode.missing_shards(source, tmp_path / "out", recipe, fingerprint="abc") == []
 
 
-def make_functions():
-  return encode_images, tokenize
+def make_recipe():
+  return encode_shard.Recipe(encode_images, tokenize, SQUARE, False, 8)
 
 
 def test_without_beam_its_absence_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
   with pytest.raises(ValueError, match="apache-beam is not installed; run `pip install"):
     beam_encode.encode_source(
-      listed_source(good(0, 2)),
-      tmp_path / "out",
-      make_functions=make_functions,
-      geometry=SQUARE,
-      fingerprint="abc",
-      batch_size=8,
+      listed_source(good(0, 2)), tmp_path / "out", make_recipe=make_recipe, fingerprint="abc"
     )
+  assert not (tmp_path / "out").exists()
+
+
+class Embedding:
+  """A 'text encoder' of two outputs: each row is a function of its ids alone."""
+
+  def __init__(self, scale=1.0):
+    self.scale, self.calls = scale, []
+
+  def __call__(self, ids):
+    self.calls.append(ids.copy())
+    tokens = ids.astype(np.float32)[..., None] * self.scale * np.arange(1, 4, dtype=np.float32)
+    return {"prompt_embeds": tokens, "text_embeds": tokens.sum(1)}
+
+
+class Captioned(NamedTuple):
+  """A shard of pairs of the same two pictures; captions are given."""
+
+  name: str
+  captions: tuple[str, ...]
+
+  def read(self):
+    for position, caption in enumerate(self.captions):
+      yield rows.Pair(
+        caption, noise_png(0), noise_png(1), 1.0, f"{position}-x", f"{self.name}, row {position}"
+      )
+
+
+def captioned_source(*lists):
+  shards = tuple(Captioned(f"part-{i}", tuple(each)) for i, each in enumerate(lists))
+  return rows.Source("captioned", {"train": shards}, "cc0", "https://example.org", "1")
+
+
+def test_embeddings_are_stored_beside_the_ids(tmp_path):
+  embedding = Embedding()
+  captions = [f"{number % 5} caption" for number in range(12)]
+  encoded = encode_all(captioned_source(captions), tmp_path / "out", embed=embedding)
+  assert encoded.metadata["prompt_embeds"] is True
+  for caption, record in zip(captions, encoded.splits["train"], strict=True):
+    ids = tokenize([caption])
+    expected = Embedding()(ids)
+    np.testing.assert_array_equal(record["input_ids"], ids[0])
+    for name in ("prompt_embeds", "text_embeds"):
+      assert record[name].dtype == np.float16
+      np.testing.assert_array_equal(record[name], expected[name][0].astype(np.float16))
+  # Five captions at once, and the empty one.
+  assert [len(ids) for ids in embedding.calls] == [5, 1]
+  empty, expected = encoded.empty_caption, Embedding()(tokenize([""]))
+  assert set(empty) == {"input_ids", "prompt_embeds", "text_embeds"}
+  np.testing.assert_array_equal(empty["input_ids"], tokenize([""])[0])
+  for name in ("prompt_embeds", "text_embeds"):
+    assert empty[name].dtype == np.float16
+    np.testing.assert_array_equal(empty[name], expected[name][0].astype(np.float16))
+  stored = safetensors.numpy.load_file(tmp_path / "out" / "empty_caption.safetensors")
+  assert set(stored) == set(empty)
+  for name, value in stored.items():
+    np.testing.assert_array_equal(value, empty[name])
+  batch = pipeline.load_split(encoded.splits["train"])
+  assert batch.prompt_embeds.shape == (12, 10, 3) and batch.text_embeds.shape == (12, 3)
+  calls = len(embedding.calls)
+  again = encode_all(captioned_source(captions), tmp_path / "out", embed=embedding)
+  assert len(embedding.calls) == calls and again.metadata == encoded.metadata
+
+
+def test_distinct_captions_are_embedded_once_in_full_batches(tmp_path):
+  """200 captions of one shard, two pictures: nothing is embedded twice, no batch is over 64."""
+  embedding = Embedding()
+  captions = [f"{number % 200} caption" for number in range(500)]
+  encode_all(captioned_source(captions), tmp_path, embed=embedding)
+  assert [len(ids) for ids in embedding.calls] == [64, 64, 64, 8, 1]
+  assert len(np.unique(np.concatenate(embedding.calls), axis=0)) == 201
+
+
+def test_bounds_on_captions_in_memory_change_nothing(tmp_path, monkeypatch):
+  captions = [f"{number % 90} caption" for number in range(200)]
+  source = captioned_source(captions)
+  whole, bounded = Embedding(), Embedding()
+  encode_all(source, tmp_path / "whole", embed=whole)
+  monkeypatch.setattr(encode_shard, "_CACHED_CAPTIONS", 10)
+  monkeypatch.setattr(encode_shard, "_WAITING_BATCHES", 2)
+  encode_all(source, tmp_path / "bounded", embed=bounded)
+  assert len(bounded.calls) > len(whole.calls)  # the bounds did bite
+  assert contents(tmp_path / "whole") == contents(tmp_path / "bounded")
+
+
+def test_without_embeddings_nothing_speaks_of_them(tmp_path):
+  encoded = encode_all(listed_source(good(0, 4)), tmp_path)
+  assert encoded.metadata["prompt_embeds"] is False
+  assert list(encoded.empty_caption) == ["input_ids"]
+  np.testing.assert_array_equal(encoded.empty_caption["input_ids"], tokenize([""])[0])
+  assert not any(b"embeds" in content for content in contents(tmp_path).values())
+  assert not (tmp_path / "empty_caption.safetensors").exists()
+
+
+def test_an_interrupted_run_with_embeddings_goes_on_and_keeps_its_choice(tmp_path):
+  source = listed_source(good(0, 9), good(9, 20), good(20, 24))
+  whole = encode_all(source, tmp_path / "whole", embed=Embedding())
+  with pytest.raises(Stop):
+    encode_all(source, tmp_path / "out", embed=Embedding(), progress=stop_after(12))
+  assert not (tmp_path / "out" / "empty_caption.safetensors").exists()
+  before = contents(tmp_path / "out")
+  with pytest.raises(ValueError, match=r"begun with another prompt_embeds \(there True, wanted F"):
+    encode_all(source, tmp_path / "out")
+  assert contents(tmp_path / "out") == before
+  encoded = encode_all(source, tmp_path / "out", embed=Embedding())
+  assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+  assert encoded.metadata == whole.metadata
+  with pytest.raises(ValueError, match=r"made with another prompt_embeds \(there True, wanted Fal"):
+    encode_all(source, tmp_path / "out")
+  encode_all(source, tmp_path / "plain")
+  with pytest.raises(ValueError, match=r"made with another prompt_embeds \(there False, wanted Tr"):
+    encode_all(source, tmp_path / "plain", embed=Embedding())
+  message = r"or with another data.prompt_embeds \(there True\); run `dmpo prepare` into another"
+  with pytest.raises(ValueError, match=message):
+    encode.open_encoded(tmp_path / "out", fingerprint="xyz")
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_a_damaged_file_of_the_empty_caption_is_named(tmp_path, keep):
+  encode_all(listed_source(good(0, 4)), tmp_path, embed=Embedding())
+  path = tmp_path / "empty_caption.safetensors"
+  data = path.read_bytes()
+  path.write_bytes(data[:keep])
+  with pytest.raises(ValueError, match="empty_caption.safetensors: truncated or damaged: expected"):
+    encode.open_encoded(tmp_path, fingerprint="abc")
+  path.write_bytes(bytes(len(data)))
+  with pytest.raises(ValueError, match="damaged .*run `dmpo prepare` again"):
+    encode.open_encoded(tmp_path, fingerprint="abc")
+
+
+@pytest.mark.parametrize(
+  ("embed", "message"),
+  [
+    (Embedding(1e3), "prompt_embeds are not finite in float16: the text encoder gave .* 'caption"),
+    (
+      lambda ids: {"text_embeds": np.zeros((len(ids), 2))},
+      r"expected prompt_embeds \[3, 10, D",
+    ),
+    (lambda ids: {"prompt_embeds": np.zeros((len(ids), 9, 2))}, r"got {'prompt_embeds': \[3, 9, 2"),
+    (lambda ids: {"prompt_embeds": np.zeros((1, 10, 2))}, r"got {'prompt_embeds': \[1, 10, 2\]}"),
+    (lambda ids: {"prompt_embeds": np.zeros((len(ids), 10))}, r"got {'prompt_embeds': \[3, 10\]}"),
+  ],
+)
+def test_embeddings_that_cannot_be_stored_are_refused(tmp_path, embed, message):
+  with pytest.raises(ValueError, match=message):
+    encode_all(listed_source(good(0, 6)), tmp_path, embed=embed)
+  assert not list(tmp_path.glob("*array_record*"))
 
 
 CHILD = """

@@ -9,7 +9,8 @@ import tiny
 from PIL import Image
 
 from dmpo_jax import base as base_lib
-from dmpo_jax import cli, stages
+from dmpo_jax import cli, stages, train
+from dmpo_jax.data import pipeline
 
 FREE = {"batch_size": 8, "data.dataset": "pairs", "data.resize": "bilinear", "data.flip": 0.5}
 
@@ -41,7 +42,7 @@ def test_prepare_counts_what_it_leaves_out_and_goes_on(tiny_base, tmp_path, caps
   folder = tmp_path / "pickapic" / "data"
   pair_files.write_pickapic(folder / "train-00000-of-00002.parquet", rows[:20])
   pair_files.write_pickapic(folder / "train-00001-of-00002.parquet", rows[20:])
-  more = {"data.dataset": "pickapic_v2"}
+  more = {"data.dataset": "pickapic_v2", "data.validation_share": 0.0}
   config = tiny.config(tiny_base, **{**FREE, **more, "data.path": tmp_path / "pickapic"})
   base = base_lib.load_base(config.base)
   encoded = stages.prepare(config, base, tmp_path / "data")
@@ -53,11 +54,50 @@ def test_prepare_counts_what_it_leaves_out_and_goes_on(tiny_base, tmp_path, caps
   assert again.metadata == encoded.metadata
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:step .*the policy denoises the preferred images worse")
+def test_two_data_sets_are_mixed(tiny_base, tmp_path, capsys):
+  own = overrides(tiny_base, pair_files.write_drawings(tmp_path / "own", 20))
+  rows = [pair_files.pickapic_row(index) for index in range(30)]
+  pair_files.write_pickapic(tmp_path / "p" / "train-00000-of-00001.parquet", rows)
+  other = overrides(tiny_base, tmp_path / "p", **{"data.dataset": "pickapic_v2"})
+  data = ["--data", str(tmp_path / "data")]
+  for settings in (own, other):
+    assert cli.main(["prepare", *data, *settings]) == 0, capsys.readouterr().err
+  # The path is that of one of the two; the mixture reads neither.
+  mix = [*own, "--config.data.mixture=pairs=1 pickapic_v2=3", "--config.data.workers=1"]
+  assert cli.main(["train", *data, "--out", str(tmp_path / "run"), *mix]) == 0
+  config = train.read_run(tmp_path / "run")
+  encoded = stages.open_data(config, base_lib.load_base(config.base), tmp_path / "data")
+  names = pipeline.record_ids(encoded.splits["train"], seed=0, batch_size=40, step=0)
+  assert sum(name.startswith("emoji") for name in names) == 30
+  assert cli.main(["prepare", *data, *mix]) == 2
+  assert "data.mixture: is of sets that are prepared" in capsys.readouterr().err
+  wrong = [*own, "--config.data.mixture=pairs=1 hpdv3=3"]
+  assert cli.main(["train", *data, "--out", str(tmp_path / "other"), *wrong]) == 2
+  assert "hpdv3: no encoded data set there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_pick_a_pic_holds_out_captions_for_validation(tiny_base, tmp_path, capsys):
+  rows = [pair_files.pickapic_row(index) for index in range(60)]
+  pair_files.write_pickapic(tmp_path / "p" / "train-00000-of-00001.parquet", rows)
+  more = {"data.dataset": "pickapic_v2", "data.validation_share": 0.3}
+  data = ["--data", str(tmp_path / "data")]
+  assert cli.main(["prepare", *data, *overrides(tiny_base, tmp_path / "p", **more)]) == 0
+  config = tiny.config(tiny_base, **{**FREE, **more, "data.path": tmp_path / "p"})
+  encoded = stages.open_data(config, base_lib.load_base(config.base), tmp_path / "data")
+  train_pairs, held = (encoded.splits[split] for split in ("train", "validation"))
+  assert len(held) > 5 and len(train_pairs) + len(held) == 60
+  captions = [{pairs[i]["caption"] for i in range(len(pairs))} for pairs in (train_pairs, held)]
+  assert not captions[0] & captions[1]
+
+
 def test_winner_and_loser_keep_their_sides(tiny_base, tmp_path):
   """The moments of a pair are those of its own pictures, whichever column the winner stood in."""
   rows = [pair_files.pickapic_row(0, 1.0), pair_files.pickapic_row(0, 0.0, caption="other")]
   pair_files.write_pickapic(tmp_path / "p" / "train-00000-of-00001.parquet", rows)
-  more = {"data.dataset": "pickapic_v2", "data.flip": 0.0}
+  more = {"data.dataset": "pickapic_v2", "data.flip": 0.0, "data.validation_share": 0.0}
   config = tiny.config(tiny_base, **{**FREE, **more, "data.path": tmp_path / "p"})
   encoded = stages.prepare(config, base_lib.load_base(config.base), tmp_path / "data")
   first, second = (encoded.splits["train"][i] for i in range(2))

@@ -5,10 +5,16 @@ import jax
 import numpy as np
 import pytest
 
+from dmpo_jax import types
 from dmpo_jax.data import pipeline
 
 EMPTY = np.full(5, -1, np.int32)
-SETTINGS = {"seed": 3, "batch_size": 4, "caption_dropout": 0.0, "empty_ids": EMPTY}
+SETTINGS = {
+  "seed": 3,
+  "batch_size": 4,
+  "caption_dropout": 0.0,
+  "empty_caption": {"input_ids": EMPTY},
+}
 
 
 def make_source(count):
@@ -143,7 +149,8 @@ def test_load_split_keeps_the_order():
     ({"caption_dropout": -0.1}, "caption_dropout: expected a probability"),
     ({"seed": -1}, r"seed: expected 0 <= seed < 2\*\*32, got -1"),
     ({"start": -1}, "step: expected at least 0, got -1"),
-    ({"empty_ids": EMPTY[:4]}, r"empty_ids: expected shape \(5,\), got \(4,\)"),
+    ({"workers": -1}, "workers: expected at least 0, got -1"),
+    ({"empty_caption": {"input_ids": EMPTY[:4]}}, r"input_ids: expected shape \(5,\), got \(4,\)"),
   ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -169,3 +176,90 @@ def test_an_error_of_the_source_reaches_the_reader():
 
   with pytest.raises(ValueError, match="pair 7: damaged"):
     list(itertools.islice(pipeline.preference_batches(Broken(make_source(10)), **SETTINGS), 3))
+
+
+@pytest.mark.parametrize("count, process_count, batch_size", [(37, 2, 4), (37, 4, 8), (5, 4, 4)])
+def test_shares_are_disjoint_and_complete_where_the_count_does_not_divide(
+  count, process_count, batch_size
+):
+  """An epoch is `count` positions of the run, whatever process reads them."""
+  shares = [
+    take(
+      -(-3 * count // batch_size),  # three epochs and a part of a batch
+      make_source(count),
+      batch_size=batch_size,
+      process_index=index,
+      process_count=process_count,
+    )
+    for index in range(process_count)
+  ]
+  of_run = {}  # position in the run -> id
+  for index, share in enumerate(shares):
+    for step, batch in enumerate(share):
+      for row, number in enumerate(positions(batch)):
+        place = step * batch_size + row * process_count + index
+        assert place not in of_run
+        of_run[place] = number
+  for epoch in range(3):
+    seen = [of_run[epoch * count + offset] for offset in range(count)]
+    assert sorted(seen) == list(range(count))
+
+
+def test_a_run_saved_by_four_processes_goes_on_with_two():
+  """No pair of the epoch is seen twice or left out; 43 pairs, so that nothing divides."""
+  count, batch_size, saved_at = 43, 8, 3
+  settings = {"batch_size": batch_size, "caption_dropout": 0.0}
+  seen = [
+    number
+    for index in range(4)
+    for batch in take(
+      saved_at, make_source(count), process_index=index, process_count=4, **settings
+    )
+    for number in positions(batch)
+  ]
+  rest = [
+    take(3, make_source(count), process_index=index, process_count=2, start=saved_at, **settings)
+    for index in range(2)
+  ]
+  by_place = {
+    saved_at * batch_size + step * batch_size + row * 2 + index: number
+    for index, share in enumerate(rest)
+    for step, batch in enumerate(share)
+    for row, number in enumerate(positions(batch))
+  }
+  remaining = [by_place[place] for place in range(saved_at * batch_size, count)]
+  assert len(seen) == saved_at * batch_size == len(set(seen))
+  assert sorted(seen + remaining) == list(range(count))
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches():
+  source = make_source(37)
+  settings = {"caption_dropout": 0.3, "start": 5, "process_index": 1, "process_count": 2}
+  plain = take(12, source, **settings)
+  for workers in (1, 3):
+    batches = take(12, source, workers=workers, **settings)
+    assert isinstance(batches[0], types.PreferenceBatch)
+    # Copies: the originals lie in memory that ends with the workers.
+    assert_same([jax.tree.map(np.array, batch) for batch in batches], plain)
+    del batches
+
+
+def test_an_emptied_caption_takes_its_embeddings_along():
+  def embeddings(position):
+    return {
+      "prompt_embeds": np.full((5, 3), position, np.float16),
+      "text_embeds": np.full(2, position, np.float16),
+    }
+
+  source = [{**pair, **embeddings(i)} for i, pair in enumerate(make_source(10))]
+  empty = {"input_ids": EMPTY, **embeddings(-1)}
+  (batch,) = take(1, source, batch_size=64, caption_dropout=0.5, empty_caption=empty)
+  ids = batch.input_ids[:, 0]
+  assert 10 < (ids == -1).sum() < 54  # 32 expected, standard deviation 4
+  np.testing.assert_array_equal(batch.prompt_embeds[:, 0, 0], ids)
+  np.testing.assert_array_equal(batch.text_embeds[:, 1], ids)
+  with pytest.raises(ValueError, match=r"prompt_embeds: expected shape \(5, 3\), got None"):
+    pipeline.preference_batches(source, **SETTINGS)
+  with pytest.raises(ValueError, match=r"text_embeds: expected shape None, got \(2,\)"):
+    take(1, make_source(3), empty_caption={"input_ids": EMPTY, "text_embeds": np.zeros(2)})

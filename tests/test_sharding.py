@@ -138,6 +138,23 @@ def test_put_batch_gives_every_device_its_own_rows():
   assert [rows[device] for device in mesh.devices.flat] == [[2 * i, 2 * i + 1] for i in range(8)]
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 3, 9])
+def test_batches_are_placed_before_they_are_asked_for(ahead):
+  mesh, read = sharding.make_mesh(), []
+
+  def batches():
+    for number in range(5):
+      read.append(number)
+      yield {"ids": np.full(8, number)}
+
+  placed = sharding.place_ahead(batches(), mesh, ahead=ahead)
+  for number in range(5):
+    batch = next(placed)
+    assert batch["ids"].sharding == sharding.batch_sharding(mesh)
+    assert int(batch["ids"][0]) == number and len(read) == min(number + 1 + ahead, 5)
+  assert next(placed, None) is None
+
+
 def test_abstract_tree_keeps_shape_dtype_and_place():
   mesh = sharding.make_mesh(fsdp=2)
   tree = {"kernel": np.zeros((2, 4), np.float16)}

@@ -570,3 +570,37 @@ def test_every_shard_can_be_sent_to_another_process(tmp_path):
         assert isinstance(shard, rows.Shard)
         again = pickle.loads(pickle.dumps(shard))
         assert again == shard and list(again.read()) == list(shard.read())
+
+
+# A validation split by caption.
+
+
+def test_captions_are_held_out_of_a_source_without_a_validation_split(tmp_path):
+  table = [pair_files.pickapic_row(index, label=[1.0, 0.5][index == 7]) for index in range(60)]
+  for index, row in enumerate(table):
+    row["caption"] = f"caption {index % 20}"
+  whole = pickapic(tmp_path, table)
+  held = registry.open_source("pickapic_v2", tmp_path, validation_share=0.3)
+  train, validation = read(held), read(held, "validation")
+  captions = [
+    {row.caption for row in part if isinstance(row, rows.Pair)} for part in (train, validation)
+  ]
+  assert captions[1] and not captions[0] & captions[1]
+  # Each pair in one of the two, three of each caption; the tie is counted once.
+  assert sorted(map(repr, train + validation)) == sorted(map(repr, read(whole)))
+  assert len(validation) == 3 * len(captions[1]) - (not captions[0] >= {"caption 7"})
+  assert held.fingerprint != whole.fingerprint
+  other = registry.open_source("pickapic_v2", tmp_path, validation_share=0.2)
+  assert other.fingerprint != held.fingerprint
+  pickle.loads(pickle.dumps(held))  # other processes can read the shards
+
+
+def test_a_validation_split_that_is_there_is_kept(tmp_path):
+  emoji = registry.open_source("emoji_choice/top160", validation_share=0.3)
+  assert emoji == registry.open_source("emoji_choice/top160")
+  pickapic(tmp_path, [pair_files.pickapic_row(0)])
+  assert "validation" not in registry.open_source("pickapic_v2", tmp_path).splits
+  none = registry.open_source("pickapic_v2", tmp_path, validation_share=0.0)
+  assert "validation" not in none.splits
+  with pytest.raises(ValueError, match=r"validation_share: expected \[0, 1\), got 1.0"):
+    registry.open_source("pickapic_v2", tmp_path, validation_share=1.0)

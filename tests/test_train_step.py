@@ -98,6 +98,41 @@ def test_swapping_winner_and_loser_flips_the_margin(tiny_base, tiny_data):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_stored_embeddings_stand_for_the_text_encoders(tmp_path, kind):
+  """Then the text encoders are in no argument."""
+  config = tiny.config(tiny.make_base(tmp_path, kind=kind))
+  base = base_lib.load_base(config.base)
+  objective = objectives.preference_objective(
+    base.denoiser(), tasks.bind_loss(config.objective), peak_weight=1.0
+  )
+  generator = np.random.default_rng(0)
+  size = base.latent_shape[0]
+  moments = generator.standard_normal((2, 4, size, size, 8), np.float32)
+  ids = base.tokenizer(["a cat", "a dog", "", "love"])
+  sdxl = kind == "sdxl"
+  time_ids = generator.integers(0, 9, (4, 6)).astype(np.float32) if sdxl else None
+  batch = types.PreferenceBatch(*moments, ids, time_ids=time_ids)
+  conditions = jax.jit(base.embed)(base.text_params, ids, time_ids)
+  stored = batch._replace(prompt_embeds=conditions.prompt_embeds)
+  if sdxl:
+    stored = stored._replace(text_embeds=conditions.added.text_embeds)
+  moved = jax.tree.map(lambda x: x * 1.01, base.params["unet"])
+
+  def run(batch, text_params):
+    frozen = objectives.Frozen(base.params["unet"], text_params)
+    examples = jax.jit(objective.draw)(batch, jax.random.key(KEY))
+    return jax.jit(objective.loss)(moved, frozen, examples)[0]
+
+  expected = run(batch, base.text_params)
+  assert np.ptp(expected) > 1e-4  # the captions matter
+  np.testing.assert_allclose(run(stored, None), expected, rtol=1e-5)  # fused otherwise
+  half = stored._replace(prompt_embeds=stored.prompt_embeds.astype(np.float16))
+  # Float16 keeps 11 bits of an embedding; the margins hold kappa = beta / 2 times its share.
+  np.testing.assert_allclose(run(half, None), expected, rtol=1e-2)
+
+
+@pytest.mark.slow
 def test_errors_equal_float64_numpy(tiny_base):
   """The error is the mean over h, w, c of (eps - prediction)^2, formed in float64 from the
   network's own output."""

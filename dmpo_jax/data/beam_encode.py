@@ -1,31 +1,30 @@
 """`encode.encode_source` with shards encoded by the workers of an Apache Beam pipeline.
 
-Needs the package apache-beam, which asks for an older protobuf than the rest: give it an
-environment of its own. The folder must be one that all workers see.
+Needs the package apache-beam, which asks for older versions of protobuf and pyarrow than the rest:
+give it an environment of its own. The folder and the pairs must be where all workers see them.
 """
 
 import functools
 import pathlib
+import shlex
+import threading
 from collections.abc import Callable
-from typing import Any
 
 from dmpo_jax.data import encode, encode_shard, rows
-from dmpo_jax.data import geometry as geometry_lib
 
-MakeFunctions = Callable[[], tuple[encode_shard.EncodeImages, encode_shard.Tokenize]]
+MakeRecipe = Callable[[], encode_shard.Recipe]
+
+_LOCK = threading.Lock()  # a worker's threads share one recipe
 
 
 def encode_source(
   source: rows.Source,
   folder: str | pathlib.Path,
   *,
-  make_functions: MakeFunctions,
-  geometry: geometry_lib.Geometry,
+  make_recipe: MakeRecipe,
   fingerprint: str,
-  batch_size: int,
-  time_ids: bool = False,
   broken_limit: float = 0.01,
-  options: Any = None,
+  options: str = "",
 ) -> encode.Encoded:
   """Encodes the shards that are missing side by side, then finishes the data set in this process.
 
@@ -33,59 +32,78 @@ def encode_source(
   way round.
 
   Args:
-    make_functions: gives encode_images and tokenize; called once in every process that encodes, so
-      it must be a function that workers can import.
-    options: apache_beam.options.pipeline_options.PipelineOptions; Beam's local runner if None.
+    make_recipe: gives the functions and settings of `encode.encode_source`; called once in every
+      process that encodes. Workers get it pickled: a function of a module, or an instance of a
+      frozen dataclass, so that copies of it are equal.
+    options: of Beam's pipeline, as on a command line: "--runner=DirectRunner ..."; if empty, Beam's
+      local runner in this process.
 
   The others are those of `encode.encode_source`.
 
   Raises:
-    ValueError: apache-beam is not installed, and all that `encode.encode_source` raises.
-    Exception: Beam's own, when a worker fails; finished shards are kept.
+    ValueError: apache-beam is not installed, the options are not options, a worker failed (finished
+      shards are kept), and all that `encode.encode_source` raises.
   """
-  try:
-    import apache_beam
-  except ImportError as error:
-    raise ValueError(
-      "beam_encode: apache-beam is not installed; run `pip install apache-beam` in an environment"
-      " of its own, or use encode.encode_source"
-    ) from error
-  make_recipe = functools.partial(
-    _make_recipe, make_functions, geometry=geometry, time_ids=time_ids, batch_size=batch_size
-  )
-  jobs = encode.missing_shards(source, folder, make_recipe(), fingerprint=fingerprint)
+  pipeline = _make_pipeline(options)
+  recipe = _recipe(make_recipe)
+  jobs = encode.missing_shards(source, folder, recipe, fingerprint=fingerprint)
   if jobs:
     run = functools.partial(_encode, make_recipe=make_recipe, broken_limit=broken_limit)
-    with apache_beam.Pipeline(options=options) as pipeline:
-      # Without the shuffle Beam would fuse the steps and give all shards to one worker.
-      _ = pipeline | apache_beam.Create(jobs) | apache_beam.Reshuffle() | apache_beam.Map(run)
+    _run(pipeline, jobs, run)
   return encode.encode_source(
-    source,
-    folder,
-    **make_recipe()._asdict(),
-    fingerprint=fingerprint,
-    broken_limit=broken_limit,
+    source, folder, **recipe._asdict(), fingerprint=fingerprint, broken_limit=broken_limit
   )
 
 
-def _make_recipe(make_functions: MakeFunctions, **settings: Any) -> encode_shard.Recipe:
-  encode_images, tokenize = _functions(make_functions)
-  return encode_shard.Recipe(encode_images, tokenize, **settings)
+def _make_pipeline(options: str):
+  try:
+    import apache_beam
+    from apache_beam.options import pipeline_options
+  except ImportError as error:
+    raise ValueError(
+      "beam: apache-beam is not installed; run `pip install 'dmpo_jax[beam]'` in an environment of"
+      " its own, or prepare without --beam"
+    ) from error
+  flags = shlex.split(options)
+  if flags and not flags[0].startswith("--"):
+    raise ValueError(f"beam: expected options of Beam, --NAME=VALUE ..., got {options!r}")
+  try:
+    # Always a list: of None Beam would read this program's own command line.
+    parsed = pipeline_options.PipelineOptions(flags)
+    parsed.get_all_options()  # else some are looked at only when it runs; warns of unknown ones
+    return apache_beam.Pipeline(options=parsed)
+  except SystemExit as error:  # argparse has said what is wrong
+    raise ValueError(f"beam: Beam refuses the options {options!r}") from error
+
+
+def _run(pipeline, jobs: list[encode.Job], run: Callable[[encode.Job], int]) -> None:
+  import apache_beam
+
+  try:
+    with pipeline:
+      # Without the shuffle Beam would fuse the steps and give all shards to one worker.
+      shards = pipeline | "list shards" >> apache_beam.Create(jobs) | apache_beam.Reshuffle()
+      _ = shards | "encode shard" >> apache_beam.Map(run)
+  except Exception as error:  # of many kinds; the worker's own is a part of the text
+    raise ValueError(
+      f"beam: a worker failed; finished shards are kept, run it again to go on: {error}"
+    ) from error
+
+
+def _encode(job: encode.Job, make_recipe: MakeRecipe, broken_limit: float) -> int:
+  """The number of pairs; the rest is in the sidecar."""
+  sidecar = encode_shard.encode_shard(
+    job.shard, job.path, _recipe(make_recipe), settings=job.settings, broken_limit=broken_limit
+  )
+  return sidecar["pairs"]
+
+
+def _recipe(make_recipe: MakeRecipe) -> encode_shard.Recipe:
+  """One VAE per process, whatever number of shards and threads it has."""
+  with _LOCK:
+    return _cached_recipe(make_recipe)
 
 
 @functools.lru_cache(maxsize=1)
-def _functions(
-  make_functions: MakeFunctions,
-) -> tuple[encode_shard.EncodeImages, encode_shard.Tokenize]:
-  """One VAE per process, whatever number of shards it gets."""
-  return make_functions()
-
-
-def _encode(
-  job: encode.Job, make_recipe: Callable[[], encode_shard.Recipe], broken_limit: float
-) -> int:
-  """The number of pairs; the rest is in the sidecar."""
-  sidecar = encode_shard.encode_shard(
-    job.shard, job.path, make_recipe(), settings=job.settings, broken_limit=broken_limit
-  )
-  return sidecar["pairs"]
+def _cached_recipe(make_recipe: MakeRecipe) -> encode_shard.Recipe:
+  return make_recipe()

@@ -1,4 +1,8 @@
-"""Pairs of pictures -> a data set of VAE moments and tokens, written once and read at random."""
+"""Pairs of pictures -> a data set of VAE moments and tokens, written once and read at random.
+
+With a function that embeds captions, records hold prompt embeddings too, and a file beside them
+holds those of the empty caption.
+"""
 
 import dataclasses
 import functools
@@ -13,19 +17,27 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 from tensorflow_datasets.core import file_adapters, naming
 
-from dmpo_jax.data import encode_shard, rows
+from dmpo_jax import safetensors_io
+from dmpo_jax.data import encode_shard, pipeline, rows
 from dmpo_jax.data import geometry as geometry_lib
 
 NAME, VERSION = "encoded_pairs", "1.0.0"
 _METADATA = "metadata.json"  # written last: a folder without it is not finished
 _STARTED = "started.json"  # the settings of the shards that lie there
-_COMPARED = ("fingerprint", "source", "source_id", "resolution", "geometry", "time_ids", "shards")
+_EMPTY_CAPTION = "empty_caption.safetensors"
+# Settings that are written only where they are not these, as there are folders from before them.
+_UNNAMED = {"prompt_embeds": False}
+_COMPARED = (
+  *("fingerprint", "source", "source_id", "resolution", "geometry", "time_ids", "shards"),
+  *_UNNAMED,
+)
 _NEEDED = ("fingerprint", "source", "source_id", "resolution", "counts", "empty_ids", "files")
 
 
 class Pairs:
   """One split: position -> {moments_w, moments_l, input_ids, p_choice, couple, caption} and, for
-  pairs of edits, source_moments; for SDXL, time_ids."""
+  pairs of edits, source_moments; for SDXL, time_ids; where the text encoders ran too,
+  prompt_embeds and, for SDXL, text_embeds."""
 
   def __init__(self, records: Sequence[dict[str, Any]], name: str):
     self._records, self.name = records, name
@@ -34,7 +46,7 @@ class Pairs:
     return len(self._records)
 
   def __getitem__(self, position: SupportsIndex) -> dict[str, Any]:
-    """Moments float16, ids int32, text str.
+    """Moments and embeddings float16, ids int32, text str.
 
     Raises:
       ValueError: the record is damaged on disk.
@@ -60,19 +72,27 @@ class Encoded:
   """An encoded data set.
 
   Attributes:
-    splits: name -> pairs, read at random.
-    metadata: fingerprint, source, source_id, resolution, geometry, time_ids, counts (pairs by
-      split), rows, dropped (rows by reason), broken, examples (broken rows by reason), images,
-      empty_ids, files, licence, homepage.
+    splits: name -> pairs, read at random, of one data set or of a mixture.
+    metadata: fingerprint, source, source_id, resolution, geometry, time_ids, prompt_embeds (whether
+      records hold them), counts (pairs by split), rows, dropped (rows by reason), broken, examples
+      (broken rows by reason), images, empty_ids, files, licence, homepage.
+    empty_embeds: prompt_embeds [L, D] and, for SDXL, text_embeds [P] of the empty caption, float16;
+      empty if records hold none.
   """
 
-  splits: dict[str, Pairs]
+  splits: dict[str, Pairs | pipeline.Mixture]
   metadata: dict[str, Any]
+  empty_embeds: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @property
   def empty_ids(self) -> Int[np.ndarray, "*E L"]:
     """Ids of the empty caption, for caption dropout."""
     return np.array(self.metadata["empty_ids"], np.int32)
+
+  @property
+  def empty_caption(self) -> dict[str, np.ndarray]:
+    """What a record holds of its caption, for the empty one: input_ids and `empty_embeds`."""
+    return {"input_ids": self.empty_ids, **self.empty_embeds}
 
 
 def encode_source(
@@ -85,6 +105,7 @@ def encode_source(
   fingerprint: str,
   batch_size: int,
   time_ids: bool = False,
+  embed: encode_shard.Embed | None = None,
   broken_limit: float = 0.01,
   progress: Callable[[int, int, int], None] | None = None,
 ) -> Encoded:
@@ -101,10 +122,11 @@ def encode_source(
       pictures, so that it compiles once.
     tokenize: captions -> ids.
     geometry: how a picture of any size becomes a square.
-    fingerprint: of the VAE and tokenizer behind the two callables.
+    fingerprint: of the VAE, tokenizer and text encoder behind the callables.
     batch_size: pictures per call, at least 1.
     time_ids: whether to store SDXL's micro-conditioning: original size and crop of the winner, the
       image whose likelihood is to rise; the UNet takes one condition for both images of a pair.
+    embed: ids -> prompt embeddings, see `encode_shard.Recipe`; None stores none.
     broken_limit: share of broken rows, [0, 1], that is let pass, of each shard of at least 100 rows
       and of all rows.
     progress: called as progress(pairs done, shards done, shards in all), kept shards included.
@@ -114,12 +136,12 @@ def encode_source(
 
   Raises:
     ValueError: the folder holds a data set made or begun otherwise, or something else; a shard
-      cannot be read; too many rows are broken; moments are not finite; there are no pairs; a
-      setting is out of range.
+      cannot be read; too many rows are broken; moments or embeddings are not finite; there are no
+      pairs; a setting is out of range.
     OSError: a file cannot be written; finished shards are kept.
   """
   folder = pathlib.Path(folder)
-  recipe = encode_shard.Recipe(encode_images, tokenize, geometry, time_ids, batch_size)
+  recipe = encode_shard.Recipe(encode_images, tokenize, geometry, time_ids, batch_size, embed)
   empty_ids = _check(source, recipe, broken_limit)
   settings = _settings(source, fingerprint, recipe)
   if not _start(folder, settings):
@@ -128,7 +150,8 @@ def encode_source(
     encode_shard.encode_shard, recipe=recipe, settings=_digest(settings), broken_limit=broken_limit
   )
   sidecars = _encode_shards(source, folder, encode, _digest(settings), progress)
-  _finish(folder, source, settings | {"empty_ids": empty_ids.tolist()}, sidecars, broken_limit)
+  metadata = settings | {"empty_ids": empty_ids.tolist()}
+  _finish(folder, source, metadata, sidecars, broken_limit, recipe)
   return open_encoded(folder, fingerprint=fingerprint)
 
 
@@ -176,7 +199,8 @@ def open_encoded(folder: str | pathlib.Path, *, fingerprint: str) -> Encoded:
   if metadata["fingerprint"] != fingerprint:
     raise ValueError(
       f"{folder}: made with another VAE or tokenizer (fingerprint {metadata['fingerprint']},"
-      f" expected {fingerprint}); run `dmpo prepare` into another folder"
+      f" expected {fingerprint}), or with another data.prompt_embeds (there"
+      f" {metadata['prompt_embeds']}); run `dmpo prepare` into another folder"
     )
   for name, expected in metadata["files"].items():
     size = (folder / name).stat().st_size if (folder / name).exists() else None
@@ -195,6 +219,9 @@ def open_encoded(folder: str | pathlib.Path, *, fingerprint: str) -> Encoded:
     for split, source in records.items():
       if len(source) != metadata["counts"][split]:
         raise ValueError(f"split {split}: {len(source)} of {metadata['counts'][split]} pairs")
+    empty = {}
+    if metadata["prompt_embeds"]:
+      empty = dict(safetensors_io.load_safetensors(folder / _EMPTY_CAPTION))
   except Exception as error:  # the readers raise many kinds
     raise ValueError(
       f"{folder}: damaged ({error}); delete the folder and run `dmpo prepare` again"
@@ -203,7 +230,8 @@ def open_encoded(folder: str | pathlib.Path, *, fingerprint: str) -> Encoded:
   for source in splits.values():
     if len(source):
       source[0], source[len(source) - 1]
-  return Encoded(splits, metadata)
+  empty.pop("input_ids", None)  # also in the metadata
+  return Encoded(splits, metadata, empty)
 
 
 def _check(
@@ -226,7 +254,7 @@ def _check(
 def _settings(source: rows.Source, fingerprint: str, recipe: encode_shard.Recipe) -> dict[str, Any]:
   """All that the content of the files depends on, as JSON."""
   geometry = dataclasses.asdict(recipe.geometry)
-  return {
+  settings = {
     "fingerprint": fingerprint,
     "source": source.name,
     "source_id": source.fingerprint,
@@ -235,6 +263,8 @@ def _settings(source: rows.Source, fingerprint: str, recipe: encode_shard.Recipe
     "time_ids": recipe.time_ids,
     "shards": {split: len(shards) for split, shards in source.splits.items()},
   }
+  chosen = {"prompt_embeds": recipe.embed is not None}
+  return settings | {name: value for name, value in chosen.items() if value != _UNNAMED[name]}
 
 
 def _digest(settings: dict[str, Any]) -> str:
@@ -268,6 +298,7 @@ def _is_foreign(folder: pathlib.Path) -> bool:
 def _compare(
   folder: pathlib.Path, there: dict[str, Any], wanted: dict[str, Any], what: str
 ) -> None:
+  wanted = _UNNAMED | wanted
   differing = [
     f"{field} (there {there.get(field)}, wanted {wanted[field]})"
     for field in _COMPARED
@@ -326,6 +357,7 @@ def _finish(
   metadata: dict[str, Any],
   sidecars: dict[str, list[dict[str, Any]]],
   broken_limit: float,
+  recipe: encode_shard.Recipe,
 ) -> None:
   """Writes the metadata of TFDS, then ours: only now is there a data set."""
   every = [sidecar for each in sidecars.values() for sidecar in each]
@@ -336,12 +368,17 @@ def _finish(
   _dataset_info(folder, source, _common_features(source, every), sidecars).write_to_directory(
     folder
   )
-  files = [path for _, _, path in _files(source, folder)]
+  paths = [path for _, _, path in _files(source, folder)]
+  files = {path.name: sidecar["bytes"] for path, sidecar in zip(paths, every, strict=True)}
+  if recipe.embed is not None:
+    (fields,) = recipe.text_fields([""])
+    safetensors_io.save_safetensors(folder / _EMPTY_CAPTION, fields, dtype=None)
+    files[_EMPTY_CAPTION] = (folder / _EMPTY_CAPTION).stat().st_size
   metadata |= {
     "counts": {split: sum(each["pairs"] for each in of) for split, of in sidecars.items()},
     **tally.content(),
     "images": sum(sidecar["images"] for sidecar in every),
-    "files": {path.name: sidecar["bytes"] for path, sidecar in zip(files, every, strict=True)},
+    "files": files,
     "licence": source.licence,
     "homepage": source.homepage,
   }
@@ -414,6 +451,8 @@ def _read_json(path: pathlib.Path, needed: Sequence[str]) -> dict[str, Any]:
       f"{path.parent}: not an encoded data set ({path.name}: {error}); give another folder or run"
       " `dmpo prepare` into an empty one"
     ) from error
+  if isinstance(content, dict):
+    content = _UNNAMED | content
   if not isinstance(content, dict) or any(field not in content for field in needed):
     raise ValueError(f"{path}: not of an encoded data set: expected the fields {list(needed)}")
   return content

@@ -1,5 +1,7 @@
 """One shard of raw pairs -> one array_record file of VAE moments and token ids, and a sidecar.
 
+Where the text encoders run here too, the file also holds prompt embeddings.
+
 The sidecar is a JSON file that says what became of the rows. It is written last: a shard without
 one is not finished, whatever lies there.
 """
@@ -27,7 +29,9 @@ SIDECARS = "shards"  # their folder; beside the files TFDS would take them for i
 UNREADABLE = "unreadable image"
 _EXAMPLES = 20  # broken rows named, of each reason
 _ENOUGH_ROWS = 100  # for the share of broken rows of one shard to mean something
+CAPTION_BATCH = 64  # captions embedded at once: less work than one picture of 1024 pixels
 _CACHED_IMAGES = 2048  # moments kept for repeated pictures; 64x64x8 float16 is 64 KiB each
+_CACHED_CAPTIONS = 1024  # kept for repeated captions; SDXL's 77x2048 float16 is 308 KiB each
 _WAITING_BATCHES = 16  # pairs held back at most, in batches, while an image batch fills
 _THREADS = min(32, os.cpu_count() or 1)  # that decode; Pillow lets them run side by side
 _AHEAD = 2 * _THREADS  # rows decoded before they are asked for; up to 9 MB each at 1024 pixels
@@ -36,6 +40,7 @@ _MOMENTS = {"image_w": "moments_w", "image_l": "moments_l", "image_source": "sou
 
 EncodeImages = Callable[[Float[np.ndarray, "n H W 3"]], Float[np.ndarray, "n h w c2"]]
 Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "n *E L"]]
+Embed = Callable[[Int[np.ndarray, "n *E L"]], dict[str, np.ndarray]]
 
 
 class Recipe(NamedTuple):
@@ -48,6 +53,8 @@ class Recipe(NamedTuple):
     geometry: how a picture of any size becomes a square.
     time_ids: whether SDXL's micro-conditioning is stored.
     batch_size: pictures per call.
+    embed: ids of at most `CAPTION_BATCH` captions -> prompt_embeds [n, L, D] and, for SDXL,
+      text_embeds [n, P]; None if they are not stored.
   """
 
   encode_images: EncodeImages
@@ -55,6 +62,7 @@ class Recipe(NamedTuple):
   geometry: geometry_lib.Geometry
   time_ids: bool
   batch_size: int
+  embed: Embed | None = None
 
   def token_ids(self, captions: Sequence[str]) -> Int[np.ndarray, "n *E L"]:
     """Ids of the captions.
@@ -68,6 +76,41 @@ class Recipe(NamedTuple):
         f"tokenize: expected int32 [{len(captions)}, L], got {ids.dtype} {list(ids.shape)}"
       )
     return ids
+
+  def text_fields(self, captions: Sequence[str]) -> list[dict[str, np.ndarray]]:
+    """What a record holds of each caption: input_ids and, with `embed`, embeddings in float16.
+
+    Raises:
+      ValueError: `tokenize` or `embed` gave what cannot be stored.
+    """
+    ids, found = self.token_ids(captions), []
+    for start in range(0, len(captions), CAPTION_BATCH):
+      part = slice(start, start + CAPTION_BATCH)
+      columns = {"input_ids": ids[part]}
+      if self.embed is not None:
+        columns |= _embed(self.embed, ids[part], captions[part])
+      found += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return found
+
+
+def _embed(
+  embed: Embed, ids: Int[np.ndarray, "n *E L"], captions: Sequence[str]
+) -> dict[str, np.ndarray]:
+  fields = {name: np.asarray(value) for name, value in embed(ids).items()}
+  ranks = {name: value.ndim for name, value in fields.items()}
+  lengths = {len(value) for value in fields.values()}
+  expected = {"prompt_embeds": 3, "text_embeds": 2}
+  same = ranks.items() <= expected.items() and "prompt_embeds" in ranks
+  if not same or lengths != {len(ids)} or fields["prompt_embeds"].shape[1] != ids.shape[-1]:
+    shapes = {name: list(value.shape) for name, value in fields.items()}
+    raise ValueError(
+      f"embed: expected prompt_embeds [{len(ids)}, {ids.shape[-1]}, D] and, for SDXL, text_embeds"
+      f" [{len(ids)}, P], got {shapes}"
+    )
+  return {
+    name: _to_half(value, f"embed: {name}", "the text encoder", [f"{each!r}" for each in captions])
+    for name, value in fields.items()
+  }
 
 
 class Tally:
@@ -287,6 +330,8 @@ class _Stream:
     self._recipe = recipe
     self._moments: dict[bytes, np.ndarray] = {}
     self._pending: dict[bytes, tuple[np.ndarray, str]] = {}  # pixels, and where they come from
+    self._texts: dict[str, dict[str, np.ndarray]] = {}  # caption -> ids and embeddings
+    self._captions: dict[str, None] = {}  # those that wait for theirs
     self.image_count = 0
 
   def encode(self, pairs: Iterator[_Decoded]) -> Iterator[dict[str, Any]]:
@@ -296,15 +341,25 @@ class _Stream:
       for name, key in pair.keys.items():
         if key not in self._moments:
           self._pending.setdefault(key, (pair.pixels[name], f"{pair.where}, {name}"))
+      if pair.fields["caption"] not in self._texts:
+        self._captions.setdefault(pair.fields["caption"])
       waiting.append(pair._replace(pixels={}))
       while len(self._pending) >= self._recipe.batch_size:
         self._encode_some()
-      if not self._pending or len(waiting) >= _WAITING_BATCHES * self._recipe.batch_size:
+      if self._is_complete() or len(waiting) >= _WAITING_BATCHES * self._recipe.batch_size:
         yield from self._finish(waiting)
         waiting = []
         if len(self._moments) > _CACHED_IMAGES:
           self._moments = {}
+        if len(self._texts) > _CACHED_CAPTIONS:
+          self._texts = {}
     yield from self._finish(waiting)
+
+  def _is_complete(self) -> bool:
+    """Whether the pairs that wait can be written without a batch that is mostly padding."""
+    if self._recipe.embed is not None and 0 < len(self._captions) < CAPTION_BATCH:
+      return False
+    return not self._pending
 
   def _encode_some(self) -> None:
     keys = list(self._pending)[: self._recipe.batch_size]
@@ -312,35 +367,37 @@ class _Stream:
     batch = images.to_float(np.stack(pixels))
     padding = [(0, self._recipe.batch_size - len(keys))] + [(0, 0)] * 3
     moments = np.asarray(self._recipe.encode_images(np.pad(batch, padding)))[: len(keys)]
-    half = _to_half(moments, self._recipe.batch_size, names)
+    if moments.ndim != 4 or moments.shape[-1] % 2:
+      raise ValueError(
+        f"encode_images: expected [{self._recipe.batch_size}, h, w, 2c], got {list(moments.shape)}"
+      )
+    half = _to_half(moments, "encode_images: moments", "the VAE", names)
     self.image_count += len(keys)
     self._moments |= dict(zip(keys, half, strict=True))
 
   def _finish(self, pairs: list[_Decoded]) -> Iterator[dict[str, Any]]:
     while self._pending:
       self._encode_some()
-    if not pairs:
-      return
-    distinct = list(dict.fromkeys(pair.fields["caption"] for pair in pairs))
-    ids = dict(zip(distinct, self._recipe.token_ids(distinct), strict=True))
+    if self._captions:
+      captions, self._captions = list(self._captions), {}
+      self._texts |= zip(captions, self._recipe.text_fields(captions), strict=True)
     for pair in pairs:
       moments = {name: self._moments[key] for name, key in pair.keys.items()}
-      yield {**moments, "input_ids": ids[pair.fields["caption"]], **pair.fields}
+      yield {**moments, **self._texts[pair.fields["caption"]], **pair.fields}
 
 
 def _to_half(
-  moments: np.ndarray, batch_size: int, names: Sequence[str]
-) -> Float[np.ndarray, "n h w c2"]:
-  if moments.ndim != 4 or moments.shape[-1] % 2:
-    raise ValueError(f"encode_images: expected [{batch_size}, h, w, 2c], got {list(moments.shape)}")
+  values: Float[np.ndarray, "n *rest"], what: str, model: str, names: Sequence[str]
+) -> Float[np.ndarray, "n *rest"]:
+  """Float16; `names` say what the rows are of, for the message."""
   with np.errstate(over="ignore"):
-    half = moments.astype(np.float16)
-  finite = np.isfinite(half).all(axis=(1, 2, 3))
+    half = values.astype(np.float16)
+  finite = np.isfinite(half).all(axis=tuple(range(1, half.ndim)))
   if not finite.all():
     first = int(np.argmin(finite))
     raise ValueError(
-      "encode_images: moments are not finite in float16: the VAE gave values up to"
-      f" {np.abs(moments[first]).max()} for {names[first]}; check its weights"
+      f"{what} are not finite in float16: {model} gave values up to"
+      f" {np.abs(values[first]).max()} for {names[first]}; check its weights"
     )
   return half
 

@@ -1,16 +1,18 @@
 """Encoded pairs -> endless, reproducible batches; any step is reached at once."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from absl import flags
 
 from dmpo_jax import types
 
 _THREADS, _PREFETCHED = 2, 4  # batches read ahead; records are small, decoding is a copy
 _FIELDS = types.PreferenceBatch._fields
+_WORKER_BATCHES = 2  # batches that each worker process holds ready
 
 
 @runtime_checkable
@@ -23,32 +25,64 @@ class PairSource(Protocol):
   def __getitem__(self, position: int) -> dict[str, Any]: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Several sources; pairs are taken from them in a fixed pattern, in proportion to the weights.
+
+  Each source has epochs and an order of its own, so that a small one with a large weight is
+  repeated.
+
+  Raises:
+    ValueError: no sources, or a weight that is not positive.
+  """
+
+  sources: tuple[PairSource, ...]
+  weights: tuple[float, ...]
+
+  def __post_init__(self):
+    if not self.sources or len(self.sources) != len(self.weights):
+      raise ValueError(
+        f"mixture: expected a weight for each source, got {len(self.weights)} for"
+        f" {len(self.sources)}"
+      )
+    for weight in self.weights:
+      if not 0 < weight < float("inf"):
+        raise ValueError(f"mixture: expected weights > 0 and finite, got {weight}")
+
+  def __len__(self) -> int:
+    return sum(len(source) for source in self.sources)
+
+
 def preference_batches(
-  source: PairSource,
+  source: PairSource | Mixture,
   *,
   seed: int,
   batch_size: int,
   caption_dropout: float,
-  empty_ids: Int[np.ndarray, "*E L"],
+  empty_caption: Mapping[str, np.ndarray],
   process_index: int = 0,
   process_count: int = 1,
   start: int = 0,
+  workers: int = 0,
 ) -> Iterator[types.PreferenceBatch]:
   """This process's share of the batches of steps `start`, `start` + 1, ...
 
   Every epoch has an order of its own, a function of (seed, epoch). Batches run on across the end
   of an epoch, so that no pair is left out. At a step all processes together hold the same pairs,
-  with the same captions dropped, whatever their number.
+  with the same captions dropped, whatever their number. So the step is the whole position: a run
+  goes on with more or fewer processes than it began with.
 
   Args:
     source: the pairs.
     seed: of order and caption dropout, [0, 2**32).
     batch_size: pairs per step, of all processes together.
-    caption_dropout: probability in [0, 1) that a pair's ids are replaced by `empty_ids`.
-    empty_ids: ids of the empty caption.
+    caption_dropout: probability in [0, 1) that a pair gets the fields of `empty_caption`.
+    empty_caption: what the empty caption is in a record: input_ids and, where they are stored, its
+      embeddings.
     process_index: of this process, [0, process_count).
     process_count: processes that share the data.
     start: step of the first batch.
+    workers: processes that read ahead; 0: two threads of this process. The batches are the same.
 
   Returns:
     Endless iterator of NumPy batches of batch_size / process_count pairs; moments as stored.
@@ -68,27 +102,25 @@ def preference_batches(
     )
   if not 0 <= caption_dropout < 1:
     raise ValueError(f"caption_dropout: expected a probability in [0, 1), got {caption_dropout}")
-  empty_ids = np.asarray(empty_ids, np.int32)
-  if empty_ids.shape != np.shape(source[0]["input_ids"]):
-    raise ValueError(
-      f"empty_ids: expected shape {np.shape(source[0]['input_ids'])}, got {empty_ids.shape}; they"
-      " must come from the tokenizer that encoded the pairs"
-    )
-
-  def drop_caption(pair: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
-    dropped = generator.random() < caption_dropout
-    return pair | {"input_ids": empty_ids} if dropped else pair
+  if workers < 0:
+    raise ValueError(f"workers: expected at least 0, got {workers}")
+  _check_caption(source, empty_caption)
 
   batches = (
     _shuffled(source, seed)
-    .random_map(drop_caption)[process_index::process_count]
+    .random_map(_DropCaption(caption_dropout, dict(empty_caption)))[process_index::process_count]
     .batch(batch_size // process_count, batch_fn=_stack)[start:]
   )
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCHED)
-  return iter(batches.to_iter_dataset(options))
+  ahead = batches.to_iter_dataset(options)
+  if workers:
+    if not flags.FLAGS.is_parsed():  # grain reads its own, which a program without absl never sets
+      flags.FLAGS.mark_as_parsed()
+    ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(workers, _WORKER_BATCHES))
+  return iter(ahead)
 
 
-def record_ids(source: PairSource, *, seed: int, batch_size: int, step: int) -> list[str]:
+def record_ids(source: PairSource | Mixture, *, seed: int, batch_size: int, step: int) -> list[str]:
   """Caption and couple of every pair of the whole batch at `step`, for messages.
 
   Raises:
@@ -101,8 +133,10 @@ def record_ids(source: PairSource, *, seed: int, batch_size: int, step: int) -> 
   return [f"{record['caption']} ({record['couple']})" for record in records]
 
 
-def load_split(source: PairSource, limit: int | None = None) -> types.PreferenceBatch:
+def load_split(source: PairSource | Mixture, limit: int | None = None) -> types.PreferenceBatch:
   """The first `limit` pairs (None: all) in the order on disk, without caption dropout.
+
+  Of a mixture, in its proportions, until one of its sources ends.
 
   Raises:
     ValueError: the source is empty or `limit` is below 1.
@@ -111,12 +145,42 @@ def load_split(source: PairSource, limit: int | None = None) -> types.Preference
     raise ValueError(f"{source!r}: holds no pairs")
   if limit is not None and limit < 1:
     raise ValueError(f"limit: expected at least 1, got {limit}")
-  count = len(source) if limit is None else min(limit, len(source))
-  return _stack([source[position] for position in range(count)])
+  pairs = _mixed(source, lambda each, _: grain.MapDataset.source(each))
+  count = len(pairs) if limit is None else min(limit, len(pairs))
+  return _stack([pairs[position] for position in range(count)])
 
 
-def _shuffled(source: PairSource, seed: int) -> grain.MapDataset:
-  return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+def first_pair(source: PairSource | Mixture) -> dict[str, Any]:
+  """The first pair of a source, of a mixture that of its first source: shows the fields."""
+  return source.sources[0][0] if isinstance(source, Mixture) else source[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _DropCaption(grain.transforms.RandomMap):
+  """Gives some pairs the fields of the empty caption; of the module, so that workers get it."""
+
+  probability: float
+  empty_caption: Mapping[str, np.ndarray]
+
+  def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    return {**element, **self.empty_caption} if rng.random() < self.probability else element
+
+
+def _shuffled(source: PairSource | Mixture, seed: int) -> grain.MapDataset:
+  def epochs(each, index):
+    # Sources of one length would else be in one order.
+    return grain.MapDataset.source(each).seed((seed + index) % 2**32).shuffle().repeat()
+
+  pairs = _mixed(source, epochs)
+  return pairs.seed(seed) if isinstance(source, Mixture) else pairs
+
+
+def _mixed(source: PairSource | Mixture, read) -> grain.MapDataset:
+  """`read` (source, its number -> its pairs) of one source, or the mixture of several."""
+  if not isinstance(source, Mixture):
+    return read(source, 0)
+  parts = [read(each, index) for index, each in enumerate(source.sources)]
+  return grain.MapDataset.mix(parts, source.weights)
 
 
 def _stack(pairs: list[dict[str, Any]]) -> types.PreferenceBatch:
@@ -124,9 +188,24 @@ def _stack(pairs: list[dict[str, Any]]) -> types.PreferenceBatch:
   return types.PreferenceBatch(**{f: np.stack([pair[f] for pair in pairs]) for f in present})
 
 
-def _check(source: PairSource, seed: int, batch_size: int, step: int) -> None:
-  if not len(source):
-    raise ValueError(f"{source!r}: holds no pairs")
+def _check_caption(source: PairSource | Mixture, empty_caption: Mapping[str, np.ndarray]) -> None:
+  pair = first_pair(source)
+  for field in ("input_ids", "prompt_embeds", "text_embeds"):
+    expected, got = (
+      np.shape(each[field]) if field in each else None for each in (pair, empty_caption)
+    )
+    if expected != got:
+      raise ValueError(
+        f"empty_caption: {field}: expected shape {expected}, got {got}; it must come from the"
+        " tokenizer and text encoders that encoded the pairs"
+      )
+
+
+def _check(source: PairSource | Mixture, seed: int, batch_size: int, step: int) -> None:
+  sources = source.sources if isinstance(source, Mixture) else (source,)
+  for each in sources:
+    if not len(each):
+      raise ValueError(f"{each!r}: holds no pairs")
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed: expected 0 <= seed < 2**32, got {seed}")
   if batch_size < 1:

@@ -1,7 +1,11 @@
-"""A validation split out of data that come without one."""
+"""A validation split out of data that come without one, by caption."""
 
+import dataclasses
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from dmpo_jax.data import rows
 
 
 class Part(NamedTuple):
@@ -34,3 +38,47 @@ class Part(NamedTuple):
       return False
     digest = hashlib.sha256(" ".join(caption.casefold().split()).encode("utf-8", "replace"))
     return int.from_bytes(digest.digest()[:8]) < self.share * 2**64
+
+
+@dataclasses.dataclass(frozen=True)
+class PartShard:
+  """The pairs of a shard whose captions are in a part."""
+
+  whole: rows.Shard
+  part: Part
+
+  @property
+  def name(self) -> str:
+    return self.whole.name
+
+  def read(self) -> Iterator[rows.Pair | rows.Dropped]:
+    """The rows in order; rows that are no pairs are those of the training part, named once."""
+    for row in self.whole.read():
+      if isinstance(row, rows.Pair):
+        held = self.part.holds(row.caption)
+      else:
+        held = not self.part.validation
+      if held:
+        yield row
+
+
+def hold_out(source: rows.Source, share: float) -> rows.Source:
+  """Gives a source without a validation split one: all pairs of a share of the training captions.
+
+  The training shards are read once for each of the two.
+
+  Args:
+    share: of the captions, [0, 1); 0 for no validation split.
+
+  Raises:
+    ValueError: `share` is out of range.
+  """
+  if not 0 <= share < 1:
+    raise ValueError(f"{source.name}: validation_share: expected [0, 1), got {share}")
+  if not share or "train" not in source.splits or "validation" in source.splits:
+    return source
+  parts = {"train": Part(share, validation=False), "validation": Part(share, validation=True)}
+  shards = source.splits["train"]
+  divided = {name: [PartShard(each, part) for each in shards] for name, part in parts.items()}
+  digest = hashlib.sha256(f"{source.fingerprint} {share}".encode()).hexdigest()[:16]
+  return source._replace(splits={**source.splits, **divided}, fingerprint=digest)

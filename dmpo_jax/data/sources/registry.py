@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dmpo_jax.data import rows
-from dmpo_jax.data.sources import emoji, hpd, imagereward_db, pairs, pickapic
+from dmpo_jax.data.sources import emoji, held_out, hpd, imagereward_db, pairs, pickapic
 
 
 class Entry(NamedTuple):
@@ -42,13 +42,19 @@ SOURCES = {
 
 
 def open_source(
-  dataset: str, path: str | os.PathLike | None = None, **options: object
+  dataset: str,
+  path: str | os.PathLike | None = None,
+  *,
+  validation_share: float | None = None,
+  **options: object,
 ) -> rows.Source:
   """Opens a data set where it lies; nothing is downloaded, no row is read yet.
 
   Args:
     dataset: a name of `SOURCES`.
     path: its folder or bucket prefix; None for `emoji_choice`.
+    validation_share: share of the training captions, [0, 1), that becomes the validation split of
+      a source without one; None: what the source does by itself.
     **options: of that source.
 
   Raises:
@@ -62,4 +68,8 @@ def open_source(
     raise ValueError(f"{dataset}: has no option {unknown[0]!r}; it has {list(entry.options)}")
   if entry.path is not None and not path:
     raise ValueError(f"{dataset}: path is missing; give {entry.path}")
-  return entry.open(dataset, path, **options)
+  if validation_share is None:
+    return entry.open(dataset, path, **options)
+  if "validation_share" in entry.options:  # it looks at captions before it opens images
+    return entry.open(dataset, path, validation_share=validation_share, **options)
+  return held_out.hold_out(entry.open(dataset, path, **options), validation_share)
