@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import grain
 import numpy as np
@@ -68,9 +68,9 @@ def preference_batches(
   """This process's share of the batches of steps `start`, `start` + 1, ...
 
   Every epoch has an order of its own, a function of (seed, epoch). Batches run on across the end
-  of an epoch, so that no pair is left out. At a step all processes together hold the same pairs,
-  with the same captions dropped, whatever their number. So the step is the whole position: a run
-  goes on with more or fewer processes than it began with.
+  of an epoch, so that no pair is left out. At a step all processes together hold the same batch,
+  row by row and with the same captions dropped, whatever their number. So the step is the whole
+  position: a run goes on with more or fewer processes than it began with.
 
   Args:
     source: the pairs.
@@ -106,11 +106,11 @@ def preference_batches(
     raise ValueError(f"workers: expected at least 0, got {workers}")
   _check_caption(source, empty_caption)
 
-  batches = (
-    _shuffled(source, seed)
-    .random_map(_DropCaption(caption_dropout, dict(empty_caption)))[process_index::process_count]
-    .batch(batch_size // process_count, batch_fn=_stack)[start:]
-  )
+  pairs = _shuffled(source, seed).random_map(_DropCaption(caption_dropout, dict(empty_caption)))
+  share = batch_size // process_count
+  if process_count > 1:
+    pairs = grain.MapDataset.source(_Rows(pairs, batch_size, process_index * share, share))
+  batches = pairs.batch(share, batch_fn=_stack)[start:]
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCHED)
   ahead = batches.to_iter_dataset(options)
   if workers:
@@ -164,6 +164,27 @@ class _DropCaption(grain.transforms.RandomMap):
 
   def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     return {**element, **self.empty_caption} if rng.random() < self.probability else element
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Rows `first` to `first` + `count` of every batch: a batch is then the same, and its pairs meet
+  the same noise, whatever the number of processes."""
+
+  pairs: grain.MapDataset
+  batch_size: int
+  first: int
+  count: int
+
+  def __len__(self) -> int:
+    return len(self.pairs) // self.batch_size * self.count
+
+  def __getitem__(self, position: SupportsIndex) -> dict[str, Any]:
+    batch, row = divmod(position.__index__(), self.count)
+    return self.pairs[batch * self.batch_size + self.first + row]
+
+  def __repr__(self) -> str:  # grain names sources by their repr
+    return f"_Rows({self.pairs!r}, {self.batch_size}, {self.first}, {self.count})"
 
 
 def _shuffled(source: PairSource | Mixture, seed: int) -> grain.MapDataset:
