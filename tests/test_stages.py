@@ -190,6 +190,16 @@ def test_an_address_is_no_path(tiny_base, own, tmp_path, capsys, monkeypatch, pl
   assert not list(tmp_path.iterdir())
 
 
+def test_beam_is_asked_for_where_it_is_not_installed(tiny_base, own, tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  overrides = tiny.overrides(tiny_base, **settings(own))
+  assert cli.main(["prepare", "--data", str(tmp_path / "data"), "--beam=", *overrides]) == 2
+  assert "apache-beam is not installed; run `pip install 'dmpo_jax[beam]'`" in (
+    capsys.readouterr().err
+  )
+  assert not (tmp_path / "data").exists()
+
+
 def test_a_worker_makes_the_same_recipe_or_none(tiny_base, own):
   more = {"data.prompt_embeds": True, "data.flip": 0.5}
   config = tiny.config(tiny_base, **settings(own, **more))
