@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from dmpo_jax import diffusion, hub, lora, objectives, types, weights
 from dmpo_jax.data import tokenizer as tokenizer_lib
-from dmpo_jax.models import clip, init, unet, vae
+from dmpo_jax.models import attention, clip, init, unet, vae
 
 SHIPPED = {"emoji": "emoji_base"}  # name -> folder under assets/
 ENCODERS = {  # the pipelines of diffusers that we implement -> their text encoders
@@ -250,7 +250,8 @@ def load_base(
 
   Args:
     name: see `resolve`.
-    compute: type of activations in UNet and text encoders; the VAE computes in float32.
+    compute: type of activations in UNet and text encoders; the VAE computes in float32. The UNet's
+      attention is made for the devices that are here.
     initial_seed: if given, parameters are drawn afresh instead of read: training from scratch.
     parts: whose parameters are wanted; all if None.
 
@@ -271,6 +272,9 @@ def load_base(
     read_config, model = MODELS[part]
     dtype = jnp.float32 if part == "vae" else jnp.dtype(compute)
     models[part] = model(read_config(read_json(path), str(path)), dtype)
+  backend = jax.default_backend()
+  kernel = backend if backend in attention.KERNELS else "gpu"
+  models["unet"] = models["unet"].clone(kernel=kernel)
   _check_widths(folder, pipeline, models)
   tokenizer = Tokenizers(
     [tokenizer_lib.load_tokenizer(folder / tokenizer_folder(each)) for each in ENCODERS[pipeline]]

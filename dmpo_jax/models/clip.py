@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dmpo_jax.models import fields, layers
+from dmpo_jax.models import attention, fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class EncoderLayer(nn.Module):
     query, key, value = (
       dense(c.hidden_size, f"self_attn.{each}_proj")(hidden) for each in ("q", "k", "v")
     )
-    hidden = layers.attention(query, key, value, c.num_attention_heads, mask)
+    hidden = attention.attention(query, key, value, c.num_attention_heads, mask)
     x = x + dense(c.hidden_size, "self_attn.out_proj")(hidden)
     hidden = dense(c.intermediate_size, "mlp.fc1")(norm("layer_norm2")(x))
     return x + dense(c.hidden_size, "mlp.fc2")(ACTIVATIONS[c.hidden_act](hidden))

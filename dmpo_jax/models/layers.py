@@ -3,36 +3,8 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-
-
-def attention(
-  query: Float[Array, "b q hd"],
-  key: Float[Array, "b k hd"],
-  value: Float[Array, "b k hd"],
-  heads: int,
-  mask: ArrayLike | None = None,
-) -> Float[Array, "b q hd"]:
-  """Multi-head scaled dot-product attention, softmax in float32.
-
-  Heads stand before tokens: on CPU this is twice as fast as tokens before heads.
-
-  Args:
-    mask: bool, broadcastable to [b, heads, q, k]; True = may attend.
-  """
-
-  def split(x):
-    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-
-  q, k, v = split(query), split(key), split(value)
-  scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-  scores = scores * (q.shape[-1] ** -0.5)
-  if mask is not None:
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-  return out.swapaxes(1, 2).reshape(query.shape[0], query.shape[1], -1)
 
 
 def upsample_nearest(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Array:

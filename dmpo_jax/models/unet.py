@@ -8,6 +8,7 @@ with dots gives diffusers' key. NHWC inside.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Real
 
 from dmpo_jax import types
-from dmpo_jax.models import fields, layers
+from dmpo_jax.models import attention, fields, layers
 
 TIME_IDS = 6  # numbers in SDXL's size and crop conditioning, see `types.AddedConditions`
 
@@ -189,11 +190,23 @@ class TimestepEmbedding(nn.Module):
     return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(x)
 
 
+class How(NamedTuple):
+  """How a UNet computes; changes no parameter and, up to rounding, no value.
+
+  Attributes:
+    dtype: type of activations.
+    kernel: see `attention.attention`.
+  """
+
+  dtype: DTypeLike
+  kernel: str
+
+
 class Attention(nn.Module):
   """Self-attention, or cross-attention when `context` is given."""
 
   heads: int
-  dtype: DTypeLike
+  how: How
 
   @nn.compact
   def __call__(self, x, context=None):
@@ -201,12 +214,16 @@ class Attention(nn.Module):
     channels = x.shape[-1]
 
     def project(name, inputs):
-      return nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
+      return nn.Dense(channels, use_bias=False, dtype=self.how.dtype, name=name)(inputs)
 
-    out = layers.attention(
-      project("to_q", x), project("to_k", context), project("to_v", context), self.heads
+    out = attention.attention(
+      project("to_q", x),
+      project("to_k", context),
+      project("to_v", context),
+      self.heads,
+      kernel=self.how.kernel,
     )
-    return nn.Dense(channels, dtype=self.dtype, name="to_out.0")(out)
+    return nn.Dense(channels, dtype=self.how.dtype, name="to_out.0")(out)
 
 
 class FeedForward(nn.Module):
@@ -226,23 +243,23 @@ class FeedForward(nn.Module):
 
 class BasicTransformerBlock(nn.Module):
   heads: int
-  dtype: DTypeLike
+  how: How
 
   @nn.compact
   def __call__(self, x, context):
     def norm(name):
-      return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+      return nn.LayerNorm(epsilon=1e-5, dtype=self.how.dtype, name=name)
 
-    x = x + Attention(self.heads, self.dtype, name="attn1")(norm("norm1")(x))
-    x = x + Attention(self.heads, self.dtype, name="attn2")(norm("norm2")(x), context)
-    return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
+    x = x + Attention(self.heads, self.how, name="attn1")(norm("norm1")(x))
+    x = x + Attention(self.heads, self.how, name="attn2")(norm("norm2")(x), context)
+    return x + FeedForward(self.how.dtype, name="ff")(norm("norm3")(x))
 
 
 class Transformer2DModel(nn.Module):
   heads: int
   depth: int
   config: UNetConfig
-  dtype: DTypeLike
+  how: How
 
   @nn.compact
   def __call__(self, x, context):
@@ -250,14 +267,14 @@ class Transformer2DModel(nn.Module):
 
     def projection(name):
       if self.config.use_linear_projection:
-        return nn.Dense(channels, dtype=self.dtype, name=name)
-      return nn.Conv(channels, (1, 1), dtype=self.dtype, name=name)
+        return nn.Dense(channels, dtype=self.how.dtype, name=name)
+      return nn.Conv(channels, (1, 1), dtype=self.how.dtype, name=name)
 
     groups = self.config.norm_num_groups
-    hidden = layers.GroupNorm(groups, 1e-6, self.dtype, name="norm")(x)
+    hidden = layers.GroupNorm(groups, 1e-6, self.how.dtype, name="norm")(x)
     hidden = projection("proj_in")(hidden).reshape(batch, height * width, channels)
     for i in range(self.depth):
-      block = BasicTransformerBlock(self.heads, self.dtype, name=f"transformer_blocks.{i}")
+      block = BasicTransformerBlock(self.heads, self.how, name=f"transformer_blocks.{i}")
       hidden = block(hidden, context)
     return x + projection("proj_out")(hidden.reshape(x.shape))
 
@@ -270,22 +287,22 @@ class DownBlock2D(nn.Module):
   depth: int
   downsample: bool
   config: UNetConfig
-  dtype: DTypeLike
+  how: How
 
   @nn.compact
   def __call__(self, x, temb, context):
     c, skips = self.config, []
     for i in range(c.layers_per_block):
       x = layers.ResnetBlock2D(
-        self.channels, c.norm_num_groups, c.norm_eps, self.dtype, name=f"resnets.{i}"
+        self.channels, c.norm_num_groups, c.norm_eps, self.how.dtype, name=f"resnets.{i}"
       )(x, temb)
       if self.heads is not None:
-        x = Transformer2DModel(self.heads, self.depth, c, self.dtype, name=f"attentions.{i}")(
+        x = Transformer2DModel(self.heads, self.depth, c, self.how, name=f"attentions.{i}")(
           x, context
         )
       skips.append(x)
     if self.downsample:
-      x = layers.conv3x3(self.channels, self.dtype, strides=2, name="downsamplers.0.conv")(x)
+      x = layers.conv3x3(self.channels, self.how.dtype, strides=2, name="downsamplers.0.conv")(x)
       skips.append(x)
     return x, skips
 
@@ -294,17 +311,19 @@ class MidBlock2D(nn.Module):
   heads: int
   depth: int
   config: UNetConfig
-  dtype: DTypeLike
+  how: How
 
   @nn.compact
   def __call__(self, x, temb, context):
     c = self.config
 
     def resnet(name):
-      return layers.ResnetBlock2D(x.shape[-1], c.norm_num_groups, c.norm_eps, self.dtype, name=name)
+      return layers.ResnetBlock2D(
+        x.shape[-1], c.norm_num_groups, c.norm_eps, self.how.dtype, name=name
+      )
 
     x = resnet("resnets.0")(x, temb)
-    x = Transformer2DModel(self.heads, self.depth, c, self.dtype, name="attentions.0")(x, context)
+    x = Transformer2DModel(self.heads, self.depth, c, self.how, name="attentions.0")(x, context)
     return resnet("resnets.1")(x, temb)
 
 
@@ -316,7 +335,7 @@ class UpBlock2D(nn.Module):
   depth: int
   upsample: bool
   config: UNetConfig
-  dtype: DTypeLike
+  how: How
 
   @nn.compact
   def __call__(self, x, skips, temb, context):
@@ -325,15 +344,15 @@ class UpBlock2D(nn.Module):
     for i in range(c.layers_per_block + 1):
       x = jnp.concatenate([x, skips.pop()], axis=-1)
       x = layers.ResnetBlock2D(
-        self.channels, c.norm_num_groups, c.norm_eps, self.dtype, name=f"resnets.{i}"
+        self.channels, c.norm_num_groups, c.norm_eps, self.how.dtype, name=f"resnets.{i}"
       )(x, temb)
       if self.heads is not None:
-        x = Transformer2DModel(self.heads, self.depth, c, self.dtype, name=f"attentions.{i}")(
+        x = Transformer2DModel(self.heads, self.depth, c, self.how, name=f"attentions.{i}")(
           x, context
         )
     if self.upsample:
       x = layers.upsample_nearest(x, skips[-1].shape[1:3])
-      x = layers.conv3x3(self.channels, self.dtype, name="upsamplers.0.conv")(x)
+      x = layers.conv3x3(self.channels, self.how.dtype, name="upsamplers.0.conv")(x)
     return x
 
 
@@ -341,11 +360,13 @@ class UNet2DConditionModel(nn.Module):
   """Predicts the noise (or v, or x0: what the scheduler's `prediction_type` says).
 
   `added` is for models with `addition_embed_type` "text_time", and those need it.
-  `dtype` is the compute type; the output is float32 so that errors are formed in float32.
+  `dtype` is the compute type; the output is float32 so that errors are formed in float32. For
+  `kernel` see `How`.
   """
 
   config: UNetConfig
   dtype: DTypeLike = jnp.float32
+  kernel: str = "cpu"
 
   @nn.compact
   def __call__(
@@ -355,7 +376,7 @@ class UNet2DConditionModel(nn.Module):
     prompt_embeds: Float[Array, "B L D"],
     added: types.AddedConditions | None = None,
   ) -> Float[Array, "B h w out"]:
-    c, dtype = self.config, self.dtype
+    c, dtype, how = self.config, self.dtype, How(self.dtype, self.kernel)
     fields.check_width("latents", latents.shape[-1], "in_channels", c.in_channels)
     fields.check_width(
       "prompt_embeds", prompt_embeds.shape[-1], "cross_attention_dim", c.cross_attention_dim
@@ -379,16 +400,14 @@ class UNet2DConditionModel(nn.Module):
     skips = [x]
     for i, kind in enumerate(c.down_block_types):
       heads = c.heads[i] if kind == "CrossAttnDownBlock2D" else None
-      block = DownBlock2D(
-        widths[i], heads, c.depths[i], i < last, c, dtype, name=f"down_blocks.{i}"
-      )
+      block = DownBlock2D(widths[i], heads, c.depths[i], i < last, c, how, name=f"down_blocks.{i}")
       x, more = block(x, temb, context)
       skips += more
-    x = MidBlock2D(c.heads[-1], c.depths[-1], c, dtype, name="mid_block")(x, temb, context)
+    x = MidBlock2D(c.heads[-1], c.depths[-1], c, how, name="mid_block")(x, temb, context)
     for i, kind in enumerate(c.up_block_types):
       j = last - i
       heads = c.heads[j] if kind == "CrossAttnUpBlock2D" else None
-      block = UpBlock2D(widths[j], heads, c.depths[j], i < last, c, dtype, name=f"up_blocks.{i}")
+      block = UpBlock2D(widths[j], heads, c.depths[j], i < last, c, how, name=f"up_blocks.{i}")
       x = block(x, skips, temb, context)
     x = nn.silu(layers.GroupNorm(c.norm_num_groups, c.norm_eps, dtype, name="conv_norm_out")(x))
     return layers.conv3x3(c.out_channels, dtype, name="conv_out")(x).astype(jnp.float32)

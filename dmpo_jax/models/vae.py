@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from dmpo_jax.models import fields, layers
+from dmpo_jax.models import attention, fields, layers
 
 EPSILON = 1e-6  # diffusers' resnet_eps and GroupNorm eps in AutoencoderKL
 
@@ -76,7 +76,8 @@ class AttentionBlock(nn.Module):
     def project(name, inputs):
       return nn.Dense(channels, dtype=self.dtype, name=name)(inputs)
 
-    out = layers.attention(
+    # One head: to go over some of its queries at a time suits every device.
+    out = attention.attention(
       project("to_q", hidden), project("to_k", hidden), project("to_v", hidden), heads=1
     )
     return x + project("to_out.0", out).reshape(x.shape)
