@@ -15,11 +15,13 @@ from collections.abc import Sequence
 
 DEFAULT_CONFIG = "configs/emoji_dmpo.py"
 BASE_CONFIG = "configs/emoji_base.py"
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: schedulers can be told to restart on it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status: 0, 1 (training stopped, or a check that found
-  something) or 2 (bad input)."""
+  something), 2 (bad input) or 75 (told to stop and saved, or no other process was found: the same
+  command again goes on)."""
   argv = list(sys.argv[1:] if argv is None else argv)
   overrides = [each for each in argv if each.startswith("--config.")]
   options = make_parser().parse_args([each for each in argv if each not in overrides])
@@ -28,11 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   try:
     return options.handler(options, overrides, "dmpo " + shlex.join(argv)) or 0
+  except (train.Preempted, ConnectionError) as error:
+    print(f"dmpo {options.command}: {error}", file=sys.stderr)
+    return AGAIN
   except (ValueError, OSError) as error:  # OSError: a full disk, for instance
     print(f"dmpo {options.command}: error: {error}", file=sys.stderr)
+    _leave_others(2)
     return 2
   except train.TrainingStopped as error:
     print(f"dmpo {options.command}: training stopped: {error}", file=sys.stderr)
+    _leave_others(1)
     return 1
 
 
@@ -69,6 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
   train = add("train", run_train, "preference optimisation; run again to resume")
   folder(train, "--data", "folder that `dmpo prepare` filled")
   folder(train, "--out", "folder of the run")
+  train.add_argument(
+    "--distributed",
+    action="store_true",
+    help="one of several processes that train together (Cloud TPU, GKE, SLURM; elsewhere set"
+    " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID)",
+  )
 
   sample = add("sample", run_sample, "images from a base folder, an export or a run")
   sample.add_argument("--model", help="folder in diffusers' layout (default: the config's base)")
@@ -232,6 +245,8 @@ def run_prepare(options, overrides, command) -> None:
 def run_train(options, overrides, command) -> None:
   """`dmpo train`."""
   del command
+  if options.distributed:
+    _join_processes()
   from dmpo_jax import stages
 
   config, base = _load(options, overrides)
@@ -330,6 +345,50 @@ def run_base(options, overrides, command) -> None:
   from dmpo_jax import emoji_base
 
   print(f"base: {emoji_base.make_base(read_config(options.config, overrides), options.out)}")
+
+
+def _join_processes() -> None:
+  """Waits for the other processes of a run.
+
+  Raises:
+    ValueError: where they are is neither set nor found.
+    ConnectionError: they did not answer in five minutes.
+  """
+  import jax
+
+  settings = {}
+  for name, variable in (
+    ("num_processes", "JAX_NUM_PROCESSES"),
+    ("process_id", "JAX_PROCESS_ID"),
+  ):
+    if variable in os.environ:
+      if not os.environ[variable].isdecimal():
+        raise ValueError(f"{variable}: expected a whole number, got {os.environ[variable]!r}")
+      settings[name] = int(os.environ[variable])
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS", "found by jax")
+  try:
+    jax.distributed.initialize(**settings)
+  except ValueError as error:
+    raise ValueError(
+      f"--distributed: no cluster was found ({error}); set JAX_COORDINATOR_ADDRESS=host:port,"
+      " JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    ) from error
+  except RuntimeError as error:
+    raise ConnectionError(
+      f"--distributed: process {settings.get('process_id', '')} could not join (coordinator"
+      f" {address}): {error}; check that process 0 runs, that its port is open to this host and"
+      " that all processes were started with the same number of processes"
+    ) from error
+
+
+def _leave_others(status: int) -> None:
+  """Ends a process that failed among several at once; an orderly end would wait for the others."""
+  import jax
+
+  if jax.distributed.is_initialized() and jax.process_count() > 1:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _set_up() -> None:

@@ -5,6 +5,7 @@ The same command run again goes on from the last checkpoint.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -12,14 +13,17 @@ import json
 import math
 import os
 import pathlib
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dmpo_jax import checkpoint, logs, optimizer, sharding, tasks, train_step
 from dmpo_jax import config as config_lib
@@ -34,6 +38,10 @@ VALIDATION_STREAM = 2**31 - 1  # folded into the root key in place of a step, wh
 
 class TrainingStopped(RuntimeError):
   """The loss or the gradient is not finite; the last good checkpoint stays."""
+
+
+class Preempted(RuntimeError):
+  """The machine is being taken away: the state is saved, and the same command goes on from it."""
 
 
 def train(
@@ -53,6 +61,7 @@ def train(
   Raises:
     ValueError: the batch does not fit the devices, or `out` holds another run.
     TrainingStopped: a loss or gradient norm is not finite.
+    Preempted: SIGTERM, or the platform's notice, came to any process.
   """
   mesh = sharding.make_mesh(fsdp=config.fsdp, devices=devices)
   sharding.check_batch(config.batch_size, config.accumulation, mesh)
@@ -76,7 +85,8 @@ def train(
     out_shardings=(state_shardings, replicated),
     donate_argnums=0,
   )
-  root_key = jax.device_put(jax.random.key(config.seed), replicated)
+  # Made on the devices: a host array cannot be put where other processes have theirs.
+  root_key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated)()
   validate = _make_validation(task, mesh, root_key)
 
   reference = getattr(task.frozen, "reference", None)
@@ -96,6 +106,7 @@ def train(
     pending = collections.deque()
     validation, alarm = {}, 0.0
     with (
+      _notice_of_preemption() as is_preempted,
       logs.MetricLog(out, start) as log,
       logs.progress(config.steps, start, f"training ({config.objective.method})") as bar,
     ):
@@ -132,13 +143,34 @@ def train(
           log.write(done, record)
           bar.set_postfix_str(_postfix(record))
           clock, clock_step = time.monotonic(), done
-        if last or done % config.save_every == 0:
+        preempted = is_preempted(done) and not last
+        if last or preempted or done % config.save_every == 0:
           if pending:
             _check_finite(*pending[-1], task)
           checkpoints.save(state, validation)
         bar.update()
+        if preempted:
+          checkpoints.wait()
+          raise Preempted(f"told to stop after step {done}; {out} is saved, run the command again")
     checkpoints.wait()
   return optimizer.averaged_params(state.opt_state, state.params)
+
+
+@contextlib.contextmanager
+def _notice_of_preemption() -> Iterator[Callable[[int], bool]]:
+  """Whether to save and stop after a step, the same answer on all processes at the same step."""
+  if jax.process_count() > 1:  # jax listens to SIGTERM itself, and agrees on a step
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda step: False  # signals are the main thread's
+    return
+  received = threading.Event()
+  before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+  try:
+    yield lambda step: received.is_set()
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def claim_folder(out: pathlib.Path, config: config_lib.Config) -> None:
@@ -147,6 +179,15 @@ def claim_folder(out: pathlib.Path, config: config_lib.Config) -> None:
   Raises:
     ValueError: the folder holds another run (the fields that differ are named), or something else.
   """
+  if jax.process_index() == 0:
+    _claim(out, config)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"claimed {out}")
+  if jax.process_index() > 0:
+    _claim(out, config)
+
+
+def _claim(out: pathlib.Path, config: config_lib.Config) -> None:
   path = out / RUN_FILE
   ours = json.loads(json.dumps(dataclasses.asdict(config)))
   if path.exists():
@@ -161,10 +202,9 @@ def claim_folder(out: pathlib.Path, config: config_lib.Config) -> None:
   if out.exists() and any((out / name).exists() for name in (CHECKPOINTS, logs.METRICS_FILE)):
     raise ValueError(f"{out} holds checkpoints or metrics but no {RUN_FILE}; give another --out")
   out.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+  os.replace(temporary, path)
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = ""):
