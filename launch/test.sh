@@ -17,7 +17,7 @@ run() {
 }
 run .venv/bin/ruff check .
 run .venv/bin/ruff format --check .
-run .venv/bin/shellcheck -x launch/*.sh .ci/run
+run .venv/bin/shellcheck -x launch/*.sh launch/slurm.sbatch .ci/run
 # No network, and no warnings about it: everything the tests need is installed or in the tree.
 export HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu
 run .venv/bin/python -m pytest "$@"
