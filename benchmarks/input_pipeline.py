@@ -15,6 +15,7 @@ pass of the UNet, eight of them per pair. Needs 2 minutes and 1 GB of disk under
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import io
 import itertools
@@ -228,15 +229,15 @@ def make_batches(encoded: encode.Encoded, start: int, workers: int = 0) -> Itera
 
 
 def read(folder: pathlib.Path, batches: int, rounds: int, workers: int) -> list[Speed]:
-  stream = make_batches(encode.open_encoded(folder, fingerprint=FINGERPRINT), 0, workers)
-  speeds = []
-  for number in range(rounds + 1):
-    clock, processor = time.perf_counter(), time.process_time()
-    for _ in itertools.islice(stream, batches):
-      pass
-    seconds = time.perf_counter() - clock, time.process_time() - processor
-    if number:  # before that, threads and workers start
-      speeds.append(Speed(*(batches * BATCH / each for each in seconds)))
+  encoded, speeds = encode.open_encoded(folder, fingerprint=FINGERPRINT), []
+  with contextlib.closing(make_batches(encoded, 0, workers)) as stream:
+    for number in range(rounds + 1):
+      clock, processor = time.perf_counter(), time.process_time()
+      for _ in itertools.islice(stream, batches):
+        pass
+      seconds = time.perf_counter() - clock, time.process_time() - processor
+      if number:  # before that, threads and workers start
+        speeds.append(Speed(*(batches * BATCH / each for each in seconds)))
   return speeds
 
 
@@ -260,7 +261,9 @@ def forward_flops() -> list[float]:
   import torch_models
 
   from dmpo_jax import types
-  from dmpo_jax.models import init, unet
+  from dmpo_jax.models import attention, init, unet
+
+  attention.MANY_TOKENS = sys.maxsize  # of the blocks of a loop XLA counts one
 
   def floats(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -54,7 +54,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parts = parser.add_subparsers(dest="part", required=True)
   memory = parts.add_parser("memory", help="peak memory by the number of rows")
-  memory.add_argument("--rows", type=int, nargs=2, default=(2000, 20_000), help="few and many")
+  memory.add_argument("--rows", type=int, nargs="+", default=(2000, 20_000), help="few to many")
   memory.add_argument("--side", type=int, default=256, help="pixels of the shorter side")
   memory.add_argument("--steps", type=int, default=20, help="of training")
   memory.add_argument("--base", default="emoji", help="a base folder")
@@ -119,7 +119,7 @@ def run_memory(options: argparse.Namespace) -> None:
     ]
     wrong += [f"{rows} rows: {what}" for what in found["wrong"]]
     compared += found["compared"]
-  grown = [many / few for few, many in zip(*peaks, strict=True)]
+  grown = [many / few for few, many in zip(peaks[0], peaks[-1], strict=True)]
   print("\nPeak of many rows over that of few: prepare {:.3f}, train {:.3f}".format(*grown))
   print(f"Pairs whose latents were compared with their pictures: {compared}")
   if wrong or max(grown) > GROWTH:
