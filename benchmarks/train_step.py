@@ -25,7 +25,7 @@ REPEATS = 5
 
 def main():
   config = config_lib.from_dict(cli.read_config(cli.DEFAULT_CONFIG, []))
-  base = base_lib.load_base(config.base)
+  base = base_lib.load_base(config.base, remat=config.remat)
   loss_fn = tasks.bind_loss(config.objective)
   objective = objectives.preference_objective(
     base.denoiser(), loss_fn, peak_weight=losses.peak_gradient_weight(loss_fn)

@@ -89,6 +89,7 @@ def _run(method, *, steps, batch_size, rate, kl_weight=None, ema=0.0, power=1.0)
     batch_size=batch_size,
     accumulation=1,
     fsdp=1,
+    remat="full",
     log_every=50,
     validate_every=steps,
     save_every=500,

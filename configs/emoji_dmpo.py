@@ -18,6 +18,7 @@ def get_config():
   config.batch_size = 32  # pairs per update, over all devices
   config.accumulation = 1
   config.fsdp = 1  # devices that share one copy of the parameters
+  config.remat = "layers"  # kept for the backward pass: outputs of layers, of blocks, or full: none
   config.log_every = 10
   config.validate_every = 25
   config.save_every = 100

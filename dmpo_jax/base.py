@@ -116,6 +116,7 @@ class Base:
       self.schedule.prediction_type,
       self.vae.config.scaling_factor,
       self.unet.dtype,
+      self.unet.remat,
     )
 
   def apply_unet(self, params, latents, timesteps, conditions: types.Conditions):
@@ -243,6 +244,7 @@ def load_base(
   name: str,
   *,
   compute: str = "float32",
+  remat: str = "full",
   initial_seed: int | None = None,
   parts: Sequence[str] | None = None,
 ) -> Base:
@@ -252,6 +254,7 @@ def load_base(
     name: see `resolve`.
     compute: type of activations in UNet and text encoders; the VAE computes in float32. The UNet's
       attention is made for the devices that are here.
+    remat: what training keeps of the UNet's forward pass, see `models.remat`.
     initial_seed: if given, parameters are drawn afresh instead of read: training from scratch.
     parts: whose parameters are wanted; all if None.
 
@@ -274,7 +277,7 @@ def load_base(
     models[part] = model(read_config(read_json(path), str(path)), dtype)
   backend = jax.default_backend()
   kernel = backend if backend in attention.KERNELS else "gpu"
-  models["unet"] = models["unet"].clone(kernel=kernel)
+  models["unet"] = models["unet"].clone(kernel=kernel, remat=remat)
   _check_widths(folder, pipeline, models)
   tokenizer = Tokenizers(
     [tokenizer_lib.load_tokenizer(folder / tokenizer_folder(each)) for each in ENCODERS[pipeline]]

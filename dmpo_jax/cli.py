@@ -215,7 +215,9 @@ def _load(options, overrides):
 
   config = config_lib.from_dict(read_config(options.config, overrides))
   stages.check_settings(config)
-  return config, base_lib.load_base(config.base, compute=config.precision.compute)
+  return config, base_lib.load_base(
+    config.base, compute=config.precision.compute, remat=config.remat
+  )
 
 
 def run_demo(options, overrides, command) -> None:

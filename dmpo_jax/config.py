@@ -20,6 +20,7 @@ METHODS = {  # method -> the objective's fields that it reads
   "autoencoder": ("kl_weight",),
 }
 OPTIONAL = ("order",)  # may be None even where the method reads them; its loss checks them
+REMAT = ("full", "blocks", "layers")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -246,6 +247,8 @@ class Config:
     batch_size: examples (pairs) per update over all devices and accumulation parts.
     accumulation: parts of the batch that are run one after the other.
     fsdp: devices over which parameters are split; the others hold copies and split the batch.
+    remat: what the backward pass computes again: full, the whole forward pass; blocks, all within
+      the UNet's blocks; layers, only what is between its convolutions and projections.
     log_every, validate_every, save_every: in steps.
     keep: checkpoints that are kept, the best one beside them.
   """
@@ -256,6 +259,7 @@ class Config:
   batch_size: int
   accumulation: int
   fsdp: int
+  remat: str
   log_every: int
   validate_every: int
   save_every: int
@@ -272,6 +276,7 @@ class Config:
       "steps batch_size accumulation fsdp log_every validate_every save_every keep"
     ).split():
       _check_positive(name, getattr(self, name))
+    _check_choice("remat", self.remat, REMAT)
     if self.seed < 0:
       raise ValueError(f"seed: expected >= 0, got {self.seed}")
     if self.optim.warmup_steps >= self.steps:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dmpo_jax import diffusion, lora, losses, train_step, types
-from dmpo_jax.models import vae
+from dmpo_jax.models import remat, vae
 
 DEAD_ZONE = 0.05  # a pair is in the dead zone when |dL/du| is below this share of its peak
 
@@ -47,6 +47,7 @@ class Denoiser(NamedTuple):
     prediction_type: what `unet` predicts: epsilon, v_prediction or sample.
     scaling_factor: of the latents.
     dtype: in which `unet` computes.
+    remat: what the backward pass finds kept, a policy of `models.remat`.
   """
 
   unet: Callable
@@ -55,6 +56,7 @@ class Denoiser(NamedTuple):
   prediction_type: str
   scaling_factor: float
   dtype: DTypeLike
+  remat: str = "full"
 
 
 def cast_kernels(params: train_step.Params, dtype: DTypeLike) -> train_step.Params:
@@ -151,10 +153,10 @@ def preference_objective(
       policy = lora.Adapted(frozen.reference, frozen.adapter._replace(delta=params))
       reference = lora.Adapted(frozen.reference, frozen.adapter)
 
-    # Recomputed in the backward pass, nothing saved: saved values would be fused into the policy's
-    # forward pass and not into the reference's, and its rounding would differ from theirs. So the
-    # two are the same program, and equal parameters give a margin of exactly zero.
-    forward = jax.checkpoint(functools.partial(squared_errors, denoiser))
+    # Nothing is kept for the backward pass but what stands behind barriers: it would change the
+    # fusions, and so the rounding, of the policy's forward pass. As it is, policy and reference
+    # compute the same, and equal parameters give a margin of exactly zero.
+    forward = remat.checkpoint(functools.partial(squared_errors, denoiser), denoiser.remat)
 
     def errors(unet_params):
       timesteps, noise, both = jax.tree.map(

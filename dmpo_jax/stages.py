@@ -738,7 +738,7 @@ def demo(config: config_lib.Config, out: pathlib.Path, command: str) -> dict[str
   run, evaluation, model = out / "train", out / "evaluation", out / "model"
   train.claim_folder(run, config)
   ledger = Ledger(out)
-  base = base_lib.load_base(config.base, compute=config.precision.compute)
+  base = base_lib.load_base(config.base, compute=config.precision.compute, remat=config.remat)
   inputs = digest(
     dataclasses.asdict(config), dmpo_jax.__version__, checkpoint.fingerprint(base.params)
   )

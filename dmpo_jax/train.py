@@ -32,7 +32,7 @@ RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 BEST_METRIC = "validation/margin"
 # What may differ when a run is resumed: it changes neither the parameters nor what they mean.
-FREE_ON_RESUME = "fsdp log_every validate_every save_every keep sampling data.workers".split()
+FREE_ON_RESUME = "fsdp remat log_every validate_every save_every keep sampling data.workers".split()
 VALIDATION_STREAM = 2**31 - 1  # folded into the root key in place of a step, which stays below
 
 

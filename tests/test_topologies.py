@@ -80,7 +80,7 @@ def prepared(request, tmp_path_factory):
   """A base of each kind, with pairs encoded by it."""
   folder = tmp_path_factory.mktemp(request.param)
   base_folder = tiny.make_base(folder, kind=request.param)
-  base = base_lib.load_base(str(base_folder))
+  base = base_lib.load_base(str(base_folder), remat="layers")
   tfds.disable_progress_bar()
   builder = EditPairs(base.edits, data_dir=folder / "raw")
   builder.download_and_prepare()
@@ -172,7 +172,7 @@ def test_margins_of_a_new_delta_are_exactly_zero_in_bfloat16(prepared):
   base_folder, _, encoded = prepared
   settings = {"precision.compute": "bfloat16", "precision.reference": "bfloat16", **LORA}
   config = tiny.config(base_folder, **settings)
-  base = base_lib.load_base(config.base, compute="bfloat16")
+  base = base_lib.load_base(config.base, compute="bfloat16", remat=config.remat)
   task = tasks.preference_task(config, base, encoded)
   examples = jax.jit(task.objective.draw)(task.validation, jax.random.key(0))
   loss = jax.jit(task.objective.loss)

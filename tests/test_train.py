@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow  # every test compiles a step
 
 def prepare_task(base_folder, data, **more):
   config = tiny.config(base_folder, **more)
-  base = base_lib.load_base(config.base, compute=config.precision.compute)
+  base = base_lib.load_base(config.base, compute=config.precision.compute, remat=config.remat)
   return config, tasks.preference_task(config, base, stages.open_data(config, base, data))
 
 

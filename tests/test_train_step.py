@@ -17,7 +17,7 @@ KEY = 5
 
 def make_task(base_folder, data, **more):
   config = tiny.config(base_folder, **more)
-  base = base_lib.load_base(config.base, compute=config.precision.compute)
+  base = base_lib.load_base(config.base, compute=config.precision.compute, remat=config.remat)
   return config, base, tasks.preference_task(config, base, stages.open_data(config, base, data))
 
 

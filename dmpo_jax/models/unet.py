@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Real
 
 from dmpo_jax import types
-from dmpo_jax.models import attention, fields, layers
+from dmpo_jax.models import attention, fields, layers, remat
 
 TIME_IDS = 6  # numbers in SDXL's size and crop conditioning, see `types.AddedConditions`
 
@@ -356,19 +356,22 @@ class UpBlock2D(nn.Module):
     return x
 
 
+BLOCKS = (layers.ResnetBlock2D, BasicTransformerBlock, Transformer2DModel)
+
+
 class UNet2DConditionModel(nn.Module):
   """Predicts the noise (or v, or x0: what the scheduler's `prediction_type` says).
 
   `added` is for models with `addition_embed_type` "text_time", and those need it.
   `dtype` is the compute type; the output is float32 so that errors are formed in float32. For
-  `kernel` see `How`.
+  `kernel` see `How`. `remat` is the policy of `remat.checkpoint` under which it may be called.
   """
 
   config: UNetConfig
   dtype: DTypeLike = jnp.float32
   kernel: str = "cpu"
+  remat: str = "full"
 
-  @nn.compact
   def __call__(
     self,
     latents: Float[Array, "B h w c"],
@@ -376,6 +379,11 @@ class UNet2DConditionModel(nn.Module):
     prompt_embeds: Float[Array, "B L D"],
     added: types.AddedConditions | None = None,
   ) -> Float[Array, "B h w out"]:
+    with remat.marked(self.remat, BLOCKS):
+      return self.predict(latents, timesteps, prompt_embeds, added)
+
+  @nn.compact
+  def predict(self, latents, timesteps, prompt_embeds, added):
     c, dtype, how = self.config, self.dtype, How(self.dtype, self.kernel)
     fields.check_width("latents", latents.shape[-1], "in_channels", c.in_channels)
     fields.check_width(

@@ -1,0 +1,47 @@
+"""Rematerialisation: what the backward pass finds kept, and what it computes again.
+
+A value that is kept leaves its fusion, and its rounding may change with that. So every place that
+may be kept is also a barrier, for policy and reference alike: both then compute the same numbers,
+and equal parameters still give margins of exactly zero.
+"""
+
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+# Policy -> what is kept: nothing; the outputs of blocks; those of convolutions and projections too.
+POLICIES = {"full": (), "blocks": ("block",), "layers": ("block", "layer")}
+# Its output goes into the sum of squared errors; keeping it would change the order of that sum.
+_LAST = "conv_out"
+
+
+def checkpoint(function: Callable, policy: str) -> Callable:
+  """`jax.checkpoint` that keeps what `policy` names, of the modules that ran in `marked`."""
+  kept = jax.checkpoint_policies.save_only_these_names(*POLICIES[policy])
+  return jax.checkpoint(function, policy=kept)
+
+
+def marked(policy: str, blocks: tuple[type[nn.Module], ...]):
+  """A context in which modules mark their outputs for `checkpoint`.
+
+  Args:
+    blocks: classes of modules that are blocks; layers are `nn.Conv` and `nn.Dense`.
+  """
+  names = POLICIES[policy]
+
+  def call(next_function, args, kwargs, context):
+    output = next_function(*args, **kwargs)
+    module = context.module
+    if isinstance(module, blocks):
+      name = "block"
+    elif isinstance(module, (nn.Conv, nn.Dense)) and module.name != _LAST:
+      name = "layer"
+    else:
+      return output
+    if name not in names or context.method_name != "__call__":
+      return output
+    return checkpoint_name(jax.lax.optimization_barrier(output), name)
+
+  return nn.intercept_methods(call)
