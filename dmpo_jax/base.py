@@ -5,7 +5,7 @@ import hashlib
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,13 @@ MODELS = {
   "vae": (vae.read_config, vae.AutoencoderKL),
   "text_encoder": (clip.read_config, clip.CLIPTextModel),
   "text_encoder_2": (clip.read_config, clip.CLIPTextModel),
+}
+# Repositories of the hub whose configurations come with the package, for `load_architecture`.
+PUBLISHED = {
+  "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+  "stabilityai/stable-diffusion-2-1": "sd21",
+  "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+  "timbrooks/instruct-pix2pix": "instruct_pix2pix",
 }
 # From scratch, the UNet starts as the identity on its residual streams and predicts zero.
 _ZERO = {"unet": ("conv2", "proj_out", "conv_out")}
@@ -63,12 +70,13 @@ class Base:
     params: the same with values, numpy; of the parts that were asked for.
     zero_negative: whether guidance without a negative prompt uses zeros in place of the empty
       prompt's embedding (SDXL's `force_zeros_for_empty_prompt`).
+    tokenizer: None where the base is to be compiled and not run.
   """
 
   folder: pathlib.Path
   pipeline: str
   models: dict[str, Any]
-  tokenizer: Tokenizers
+  tokenizer: Tokenizers | None
   schedule: diffusion.ScheduleConfig
   shapes: dict[str, Any]
   params: dict[str, Any]
@@ -262,7 +270,45 @@ def load_base(
     ValueError: a file is missing, a field is not implemented, a tensor is missing or misshapen.
   """
   folder = resolve(name)
-  index = read_json(folder / "model_index.json")
+  backend = jax.default_backend()
+  kernel = backend if backend in attention.KERNELS else "gpu"
+  base = _read_architecture(folder, lambda file: read_json(folder / file), compute, kernel, remat)
+  tokenizer = Tokenizers(
+    [tokenizer_lib.load_tokenizer(folder / tokenizer_folder(each)) for each in base.encoders]
+  )
+  models, shapes = base.models, base.shapes
+  inputs = _example_inputs(models)
+  parts = tuple(models) if parts is None else parts
+  if initial_seed is None:
+    params = {part: weights.load_params(folder / part, shapes[part]) for part in parts}
+  else:
+    params = {
+      part: init.initial_params(models[part], initial_seed, *inputs[part], zero=_ZERO.get(part, ()))
+      for part in parts
+    }
+  return dataclasses.replace(base, tokenizer=tokenizer, params=params)
+
+
+def load_architecture(name: str, *, compute: str, kernel: str, remat: str) -> Base:
+  """A base without parameters and tokenizers, for what is compiled and not run.
+
+  Args:
+    name: see `resolve`; those of `PUBLISHED` need neither files nor a network.
+    kernel: the device that the UNet's attention is made for, see `attention.attention`.
+  """
+  if name in PUBLISHED:
+    file = importlib.resources.files("dmpo_jax") / "assets" / "published.json"
+    files = json.loads(file.read_text(encoding="utf-8"))[PUBLISHED[name]]
+    return _read_architecture(pathlib.Path(name), files.__getitem__, compute, kernel, remat)
+  folder = resolve(name)
+  return _read_architecture(folder, lambda file: read_json(folder / file), compute, kernel, remat)
+
+
+def _read_architecture(
+  folder: pathlib.Path, read: Callable[[str], dict], compute: str, kernel: str, remat: str
+) -> Base:
+  """Models and shapes from the JSON files that `read` gives by their place in a base's folder."""
+  index = read("model_index.json")
   pipeline = index.get("_class_name")
   if pipeline not in ENCODERS:
     raise ValueError(
@@ -271,40 +317,26 @@ def load_base(
     )
   models = {}
   for part in ("unet", "vae", *ENCODERS[pipeline]):
-    path = folder / part / "config.json"
+    path = f"{part}/config.json"
     read_config, model = MODELS[part]
     dtype = jnp.float32 if part == "vae" else jnp.dtype(compute)
-    models[part] = model(read_config(read_json(path), str(path)), dtype)
-  backend = jax.default_backend()
-  kernel = backend if backend in attention.KERNELS else "gpu"
+    models[part] = model(read_config(read(path), str(folder / path)), dtype)
   models["unet"] = models["unet"].clone(kernel=kernel, remat=remat)
   _check_widths(folder, pipeline, models)
-  tokenizer = Tokenizers(
-    [tokenizer_lib.load_tokenizer(folder / tokenizer_folder(each)) for each in ENCODERS[pipeline]]
-  )
-  inputs = _example_inputs(models, tokenizer.length)
-  parts = tuple(models) if parts is None else parts
-  shapes = {part: init.param_shapes(model, *inputs[part]) for part, model in models.items()}
-  if initial_seed is None:
-    params = {part: weights.load_params(folder / part, shapes[part]) for part in parts}
-  else:
-    params = {
-      part: init.initial_params(models[part], initial_seed, *inputs[part], zero=_ZERO.get(part, ()))
-      for part in parts
-    }
+  inputs = _example_inputs(models)
   return Base(
     folder,
     pipeline,
     models,
-    tokenizer,
-    diffusion.read_config(read_json(folder / "scheduler" / "scheduler_config.json")),
-    shapes,
-    params,
+    None,
+    diffusion.read_config(read("scheduler/scheduler_config.json")),
+    {part: init.param_shapes(model, *inputs[part]) for part, model in models.items()},
+    {},
     bool(index.get("force_zeros_for_empty_prompt", False)),
   )
 
 
-def _example_inputs(models, length: int) -> dict[str, tuple]:
+def _example_inputs(models) -> dict[str, tuple]:
   """Inputs that give every parameter its shape."""
 
   def floats(*shape):
@@ -324,7 +356,7 @@ def _example_inputs(models, length: int) -> dict[str, tuple]:
     ),
     "vae": (floats(1, vae_config.downscale, vae_config.downscale, vae_config.in_channels),),
   }
-  ids = (jax.ShapeDtypeStruct((1, length), jnp.int32),)
+  ids = (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
   return inputs | {name: ids for name in models if name not in inputs}
 
 

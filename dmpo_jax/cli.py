@@ -132,6 +132,18 @@ def make_parser() -> argparse.ArgumentParser:
   doctor.add_argument("--limit", type=int, help="rows of each split to look at (default: all)")
   folder(doctor, "--out", "folder for doctor.html and doctor.json")
 
+  plan = add("plan", run_plan, "what a TPU slice would make of the step: compiled here, not run")
+  plan.add_argument("--topology", required=True, help="e.g. v5e:16x16, v4:2x2x2, 7x:2x2x1")
+  plan.add_argument("--slices", type=int, default=1, help="of that shape (default: 1)")
+  plan.add_argument(
+    "--effort",
+    choices=("quick", "full"),
+    default="quick",
+    help="of the compiler: minutes, or the half hour and more that the real run would take here",
+  )
+  plan.add_argument("--search", action="store_true", help="try pairs a chip, remat and mesh")
+  folder(plan, "--out", "JSON file for the figures", required=False)
+
   base = add("base", run_base, "train the shipped base from scratch (hours)", BASE_CONFIG)
   folder(base, "--out", "folder for the recipe's runs and the base")
   return parser
@@ -183,7 +195,11 @@ def _parse_config(path: pathlib.Path, overrides: Sequence[str]) -> dict:
 
   spec = importlib.util.spec_from_file_location("dmpo_jax_run_config", path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  sys.path.insert(0, str(path.parent))  # a configuration may build on one that lies beside it
+  try:
+    spec.loader.exec_module(module)
+  finally:
+    sys.path.remove(str(path.parent))
   arguments, values = ["dmpo", *overrides], flags.FlagValues()
   try:
     # Fields become flags as they are found in sys_argv; by default that is this process's own.
@@ -341,6 +357,27 @@ def run_doctor(options, overrides, command) -> int:
   return 0 if ok else 1
 
 
+def run_plan(options, overrides, command) -> None:
+  """`dmpo plan`."""
+  del command
+  os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is here is not asked
+  from dmpo_jax import config as config_lib
+  from dmpo_jax import plan, stages
+
+  topology = plan.read_topology(options.topology, options.slices)
+  config = config_lib.from_dict(read_config(options.config, overrides))
+  cache = cache_folder() / "plans"
+  if options.search:
+    plans = plan.search(config, topology, effort=options.effort, cache=cache)
+    print(f"\n{plan.show_ranking(plans)}\n")
+  else:
+    plans = [plan.make_plan(config, topology, effort=options.effort, cache=cache)]
+  print(plan.show(plans[0]))
+  if options.out is not None:
+    stages.write_json(options.out, {"plans": [each.to_dict() for each in plans]})
+    print(f"figures: {options.out}")
+
+
 def run_base(options, overrides, command) -> None:
   """`dmpo base`."""
   del command
@@ -393,11 +430,16 @@ def _leave_others(status: int) -> None:
     os._exit(status)
 
 
+def cache_folder() -> pathlib.Path:
+  """Where compiled programs and figures are kept between runs."""
+  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+  return cache / "dmpo_jax"
+
+
 def _set_up() -> None:
   """Process-wide settings of the command, before jax is used."""
   # Compiled programs are kept between runs, as long as the user has not chosen a place himself.
-  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "dmpo_jax" / "xla"))
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
   warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dmpo_jax import diffusion, lora, losses, train_step, types
+from dmpo_jax import diffusion, lora, losses, sharding, train_step, types
 from dmpo_jax.models import remat, vae
 
 DEAD_ZONE = 0.05  # a pair is in the dead zone when |dL/du| is below this share of its peak
@@ -67,9 +67,10 @@ def cast_kernels(params: train_step.Params, dtype: DTypeLike) -> train_step.Para
   """
 
   def cast(leaf):
-    return leaf.astype(dtype) if leaf.ndim > 1 else leaf
+    # One by one: a barrier around all of them would hold all of them until the last is used.
+    return jax.lax.optimization_barrier(leaf.astype(dtype)) if leaf.ndim > 1 else leaf
 
-  return jax.lax.optimization_barrier(jax.tree.map(cast, params))
+  return jax.tree.map(cast, params)
 
 
 def squared_errors(
@@ -84,7 +85,7 @@ def squared_errors(
   abar = denoiser.alphas_cumprod
   noisy = diffusion.add_noise(latents, noise, timesteps, abar)
   target = diffusion.prediction_target(denoiser.prediction_type, latents, noise, timesteps, abar)
-  prediction = denoiser.unet(params, noisy, timesteps, conditions)
+  prediction = denoiser.unet(sharding.gathered(params), noisy, timesteps, conditions)
   return jnp.square(prediction.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
 
 
@@ -146,7 +147,8 @@ def preference_objective(
   def loss(params, frozen: Frozen, examples: PairExamples):
     conditions = examples.stored
     if conditions is None:
-      conditions = denoiser.embed(frozen.text_encoders, examples.input_ids, examples.time_ids)
+      encoders = sharding.gathered(frozen.text_encoders)
+      conditions = denoiser.embed(encoders, examples.input_ids, examples.time_ids)
     conditions = conditions._replace(image_latents=examples.image_latents)
     policy, reference = params, frozen.reference
     if frozen.adapter is not None:

@@ -5,11 +5,13 @@ moments are split over "fsdp" only and repeated along "data".
 """
 
 import collections
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -24,7 +26,8 @@ def make_mesh(
   """The mesh of `data` x `fsdp` devices.
 
   Args:
-    data: groups of devices that each hold a whole state; None: as many as the devices allow.
+    data: groups of devices that each hold a whole state; None: as many as the devices allow. Of
+      several TPU slices each has as many of them.
     fsdp: devices over which one state is split.
     devices: all devices of all processes if None.
 
@@ -45,8 +48,22 @@ def make_mesh(
       f"mesh: data {data} x fsdp {fsdp} is not the {len(devices)} device(s) there are; "
       f"expected one of {', '.join(valid)}"
     )
+  slices = len({_slice_of(device) for device in devices})
+  if slices > 1:
+    if data % slices:
+      raise ValueError(
+        f"mesh: data {data} x fsdp {fsdp} on {slices} slices; expected fsdp to divide the "
+        f"{len(devices) // slices} devices of a slice: parameters are not split between slices"
+      )
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
   # Auto: with the default, Explicit, indexing or convolving a sharded array raises.
   return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def _slice_of(device: jax.Device) -> int:
+  """Number of a TPU's slice; devices of other kinds, and of a single slice, have none."""
+  return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def _divisors(number: int) -> list[int]:
@@ -90,6 +107,37 @@ def _spec(shape: tuple[int, ...], mesh: Mesh, min_size: int) -> PartitionSpec:
     return PartitionSpec()
   _, axis = max(fitting)
   return PartitionSpec(*[None] * axis, "fsdp")
+
+
+def gathered(params: PyTree, *, min_size: int = MIN_SHARDED_SIZE) -> PyTree:
+  """Parameters that lie at `fsdp_shardings`, whole on every device for what follows.
+
+  Their gradients go back to where the parameters lie. Left to itself the compiler may split a layer
+  by its features in place of the batch, and send activations around.
+
+  For use under `jax.set_mesh`; without a mesh, or with "fsdp" of 1, the parameters are returned.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape["fsdp"] == 1:
+    return params
+
+  def gather(leaf):
+    spec = _spec(leaf.shape, mesh, min_size)
+    return _gather(leaf, spec) if len(spec) else leaf
+
+  return jax.tree.map(gather, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(leaf, spec):
+  del spec
+  return jax.lax.with_sharding_constraint(leaf, PartitionSpec())
+
+
+_gather.defvjp(
+  lambda leaf, spec: (_gather(leaf, spec), None),
+  lambda spec, _, gradient: (jax.lax.with_sharding_constraint(gradient, spec),),
+)
 
 
 def abstract_tree(tree: PyTree, shardings: PyTree) -> PyTree[jax.ShapeDtypeStruct]:

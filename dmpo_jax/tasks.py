@@ -93,6 +93,18 @@ def initial_adapter(config: config_lib.LoraConfig, shapes: Any, seed: int) -> lo
   return lora.Adapter(delta, np.float32(config.alpha / config.rank))
 
 
+def make_objective(config: config_lib.Config, base: base_lib.Base) -> train_step.Objective:
+  """Preference optimisation as the configuration says; the base's weights are not asked for."""
+  loss_fn = bind_loss(config.objective)
+  return objectives.preference_objective(
+    base.denoiser(),
+    loss_fn,
+    peak_weight=losses.peak_gradient_weight(loss_fn),
+    timestep_power=config.data.timestep_power,
+    soft_labels=config.objective.labels == "soft",
+  )
+
+
 def preference_task(
   config: config_lib.Config, base: base_lib.Base, encoded: encode.Encoded
 ) -> Task:
@@ -103,14 +115,7 @@ def preference_task(
       have stored embeddings and the configuration wants none, or the other way round; fewer pairs
       than a batch; bad low-rank settings.
   """
-  loss_fn = bind_loss(config.objective)
-  objective = objectives.preference_objective(
-    base.denoiser(),
-    loss_fn,
-    peak_weight=losses.peak_gradient_weight(loss_fn),
-    timestep_power=config.data.timestep_power,
-    soft_labels=config.objective.labels == "soft",
-  )
+  objective = make_objective(config, base)
   source, seed = encoded.splits["train"], config.seed
   if len(source) < config.batch_size:
     raise ValueError(

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dmpo_jax import checkpoint, logs, optimizer, sharding, tasks, train_step
+from dmpo_jax import checkpoint, logs, optimizer, program, sharding, tasks, train_step
 from dmpo_jax import config as config_lib
 
 RUN_FILE = "run.json"
@@ -68,25 +68,12 @@ def train(
   claim_folder(out, config)
   chain = optimizer.make_optimizer(config.optim, config.steps)
 
-  init = functools.partial(train_step.init_state, optimizer=chain)
-  shapes = jax.eval_shape(init, task.params)
-  state_shardings = sharding.fsdp_shardings(shapes, mesh)
-  frozen_shardings = sharding.fsdp_shardings(task.frozen, mesh)
-  replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-  frozen = sharding.put_tree(task.frozen, frozen_shardings)
-  step_fn = jax.jit(
-    functools.partial(
-      train_step.train_step,
-      objective=task.objective,
-      optimizer=chain,
-      accumulation=config.accumulation,
-    ),
-    in_shardings=(state_shardings, frozen_shardings, rows, replicated),
-    out_shardings=(state_shardings, replicated),
-    donate_argnums=0,
+  built = program.make_program(
+    task.params, task.frozen, task.objective, chain, mesh, config.accumulation
   )
+  frozen = sharding.put_tree(task.frozen, built.frozen)
   # Made on the devices: a host array cannot be put where other processes have theirs.
-  root_key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated)()
+  root_key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=built.everywhere)()
   validate = _make_validation(task, mesh, root_key)
 
   reference = getattr(task.frozen, "reference", None)
@@ -97,12 +84,13 @@ def train(
     reference=checkpoint.fingerprint(reference) if reference is not None else {},
     config=dataclasses.asdict(config),
   ) as checkpoints:
-    state = checkpoints.restore_latest(sharding.abstract_tree(shapes, state_shardings))
+    state = checkpoints.restore_latest(sharding.abstract_tree(built.shapes, built.state))
     if state is None:
-      params = sharding.put_tree(task.params, state_shardings.params)
-      state = jax.jit(init, out_shardings=state_shardings)(params)
+      params = sharding.put_tree(task.params, built.state.params)
+      init = functools.partial(train_step.init_state, optimizer=chain)
+      state = jax.jit(init, out_shardings=built.state)(params)
     start = int(state.step)
-    _announce(config, mesh, shapes, start, out)
+    _announce(config, mesh, built.shapes, start, out)
     pending = collections.deque()
     validation, alarm = {}, 0.0
     with (
@@ -117,7 +105,8 @@ def train(
       bar.set_postfix_str("compiling the step")
       batches = itertools.islice(task.batches(start), config.steps - start)
       for step, batch in enumerate(sharding.place_ahead(batches, mesh), start):
-        state, metrics = step_fn(state, frozen, batch, root_key)
+        with jax.set_mesh(mesh):
+          state, metrics = built.step(state, frozen, batch, root_key)
         done = step + 1
         pending.append((done, metrics))
         if len(pending) > 1:  # let the device run one step ahead of the host
@@ -282,7 +271,8 @@ def _make_validation(task: tasks.Task, mesh, root_key):
     return summary
 
   def validate(params, frozen):
-    values = evaluate(params, frozen, examples)
+    with jax.set_mesh(mesh):
+      values = evaluate(params, frozen, examples)
     return {f"validation/{name}": float(value) for name, value in values.items()}
 
   return validate

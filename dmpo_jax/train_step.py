@@ -59,6 +59,7 @@ def train_step(
   objective: Objective,
   optimizer: optax.GradientTransformation,
   accumulation: int = 1,
+  unroll: int = 1,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
   """One update on one global batch.
 
@@ -69,6 +70,7 @@ def train_step(
     frozen: what the objective reads and does not train (reference, text encoder); not donated.
     batch: pytree of arrays [B, ...]; B divisible by `accumulation`.
     accumulation: number of parts that are run one after the other (a scan) before the update.
+    unroll: parts that are compiled one after the other, in place of a loop.
 
   Returns:
     The next state, and the means over the batch of `loss` and the objective's metrics, with
@@ -90,8 +92,6 @@ def train_step(
       return jax.tree.map(jnp.add, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    # On CPU a convolution's weight gradient is 50 times slower inside a loop than outside of one.
-    unroll = accumulation if jax.default_backend() == "cpu" else 1
     parts = split_batch(examples, accumulation)
     total, metrics = jax.lax.scan(accumulate, zeros, parts, unroll=unroll)
     grads = jax.tree.map(lambda g: g / accumulation, total)

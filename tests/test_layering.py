@@ -12,9 +12,9 @@ LEVELS = {
   2: ["data", "weights", "sharding", "optimizer"]
   + ["safetensors_io", "single_file", "single_file_configs", "lora_files", "hub"],
   3: ["train_step", "objectives", "sample", "base", "checkpoint", "logs", "report", "figures"]
-  + ["report_page", "report_table", "report_style"]
+  + ["program", "hlo", "report_page", "report_table", "report_style"]
   + ["doctor_picture", "doctor_data", "doctor_page"],
-  4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
+  4: ["tasks", "plan", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
   + ["check_export", "doctor"],
   5: ["cli"],
 }

@@ -13,6 +13,7 @@ MANY_TOKENS = 1024
 QUERIES = 256  # scored at once: one head's scores then stay in a CPU's cache
 FLASH_BLOCK = 512  # queries and keys of a block of the TPU kernel
 KERNELS = ("cpu", "gpu", "tpu")
+PLAIN = "plain"  # all scores at once, whose FLOPs a compiler counts
 
 
 def attention(
@@ -30,17 +31,17 @@ def attention(
 
   Args:
     mask: bool, broadcastable to [b, heads, q, k]; True = may attend.
-    kernel: the device that it is for, of `KERNELS`. With `MANY_TOKENS` keys or more and no mask,
-      scores are made for some queries at a time and made again in the backward pass: on "cpu" head
-      by head, on "gpu" for all heads, on "tpu" by Pallas' flash attention. All give the same values
-      up to rounding.
+    kernel: the device that it is for, of `KERNELS`, or `PLAIN`. With `MANY_TOKENS` keys or more
+      and no mask, scores are made for some queries at a time and made again in the backward pass:
+      on "cpu" head by head, on "gpu" for all heads, on "tpu" by Pallas' flash attention. All give
+      the same values up to rounding.
   """
 
   def split(x):
     return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
 
   q, k, v = split(query), split(key), split(value)
-  if mask is not None or min(q.shape[2], k.shape[2]) < MANY_TOKENS:
+  if mask is not None or kernel == PLAIN or min(q.shape[2], k.shape[2]) < MANY_TOKENS:
     out = _plain(q, k, v, mask)
   elif kernel == "tpu" and not (q.shape[2] % FLASH_BLOCK or k.shape[2] % FLASH_BLOCK):
     out = _flash(q, k, v)

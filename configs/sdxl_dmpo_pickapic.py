@@ -1,0 +1,24 @@
+"""DMPO, Stable Diffusion XL, Pick-a-Pic v2, all of the UNet.
+
+Paper:      DMPO (arXiv 2507.07510).
+Command:    as sd15_dmpo_pickapic.py, with this file
+Hardware:   HARDWARE
+Expected:   HOURS
+Confirmed:  batch, steps, Adafactor's settings, clipping, caption dropout, resize and crop:
+            Diffusion-DPO's launcher (arXiv 2311.12908, code).
+Not so:     beta 6000, alpha and the learning rate: a public implementation of DMPO as a baseline,
+            not the paper. That launcher encodes with madebyollin/sdxl-vae-fp16-fix; we encode in
+            float32, where the base's own VAE needs no fix.
+"""
+
+import sd15_dmpo_pickapic
+
+
+def get_config():
+  config = sd15_dmpo_pickapic.get_config()
+  config.base = "stabilityai/stable-diffusion-xl-base-1.0"
+  config.objective.beta = 6000.0
+  config.optim.name = "adafactor"
+  config.optim.learning_rate = 2.048e-6
+  config.sampling.guidance_scale = 5.0
+  return config

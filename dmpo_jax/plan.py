@@ -1,0 +1,563 @@
+"""What a training step would take on a TPU slice that is not here: compiled, not run.
+
+The TPU compiler runs on any x86 Linux machine (`pip install 'dmpo_jax[tpu]'`). It is given the true
+step, `program.make_program`, for the devices of a topology; memory, FLOPs and collectives are read
+from the compiled program. Nothing is executed, and times are bounds, not measurements.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dmpo_jax
+from dmpo_jax import base as base_lib
+from dmpo_jax import config as config_lib
+from dmpo_jax import hlo, objectives, optimizer, program, sharding, tasks, train_step, types
+from dmpo_jax.models import attention
+
+LABEL = "compiled, not run"
+GIB = 2**30
+FORWARDS = 8  # a pair: two images, forward and backward (3) and through the reference (1)
+EFFORTS = {
+  # At its default effort the compiler takes half an hour and more for Stable Diffusion on 2 cores.
+  "quick": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
+  "full": {},
+}
+
+
+class Kind(NamedTuple):
+  """A TPU chip, by Google's documentation (cloud.google.com/tpu/docs), November 2026.
+
+  Attributes:
+    peak: bfloat16 FLOP/s.
+    memory: bytes of HBM.
+    bandwidth: of HBM, bytes/s.
+    links: bytes/s of all links between chips together.
+    topologies: shapes that can be had.
+  """
+
+  peak: float
+  memory: float
+  bandwidth: float
+  links: float
+  topologies: tuple[str, ...]
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+KINDS = {
+  "v4": Kind(275e12, 32 * GIB, 1.2e12, 300e9, _CUBES),
+  "v5e": Kind(197e12, 16 * GIB, 819e9, 200e9, _FLAT),
+  "v5p": Kind(459e12, 95 * GIB, 2.765e12, 600e9, _CUBES),
+  "v6e": Kind(918e12, 32 * GIB, 1.64e12, 448e9, _FLAT),
+  "tpu7x": Kind(2307e12, 192 * GIB, 7.37e12, 1200e9, _CUBES),
+}
+
+
+class Topology(NamedTuple):
+  """Attributes:
+  name: as the compiler knows it: "v5e:4x4".
+  slices: of this shape, joined by the data centre's network.
+  chips: of all slices.
+  """
+
+  name: str
+  slices: int
+  chips: int
+
+  @property
+  def kind(self) -> Kind:
+    return KINDS[self.name.partition(":")[0]]
+
+  def __str__(self) -> str:
+    return self.name + (f" x {self.slices} slices" if self.slices > 1 else "")
+
+
+def read_topology(text: str, slices: int = 1) -> Topology:
+  """`v5e:16x16` -> a topology; `7x` is short for tpu7x.
+
+  Raises:
+    ValueError: unknown kind or shape; the known ones are listed.
+
+  >>> read_topology("v5e:4x4").chips
+  16
+  >>> read_topology("7x:2x2x1", 2).chips
+  8
+  """
+  kind, _, shape = text.partition(":")
+  kind = "tpu7x" if kind == "7x" else kind
+  if kind not in KINDS:
+    raise ValueError(f"--topology: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
+  if shape not in KINDS[kind].topologies:
+    known = ", ".join(f"{kind}:{each}" for each in KINDS[kind].topologies)
+    raise ValueError(f"--topology: unknown shape in {text!r}; expected one of {known}")
+  if slices < 1:
+    raise ValueError(f"--slices: expected at least 1, got {slices}")
+  chips = math.prod(map(int, shape.split("x")))
+  return Topology(f"{kind}:{shape}", slices, slices * chips)
+
+
+class DoesNotFit(ValueError):
+  """The compiler finds no room for the program in a chip's memory.
+
+  Attributes:
+    needed: bytes that it would take at least, where the compiler says so.
+  """
+
+  def __init__(self, message: str, needed: float | None):
+    super().__init__(message)
+    self.needed = needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Figures of one compiled step; bytes and FLOPs are per chip, and all of them not run.
+
+  Attributes:
+    pairs_per_chip: of one update.
+    memory: bytes by part: params, optimizer, reference, text_encoders, batch, temporaries, program.
+    memory_limit: bytes that the chip has.
+    flops: of one update by the compiler's count, and kernels by ours.
+    minimum_flops: `FORWARDS` forward passes of the UNet for each pair.
+    collectives: kind -> (number, bytes of their results) in one update.
+    compute_seconds: the compiler's estimate of one update, kernels at peak; nothing waits.
+    link_seconds: the collectives' bytes over the links' bandwidth, were none hidden.
+  """
+
+  topology: str
+  chips: int
+  mesh: dict[str, int]
+  remat: str
+  pairs_per_chip: int
+  accumulation: int
+  effort: str
+  memory: dict[str, int]
+  memory_limit: int
+  flops: float
+  kernel_flops: float
+  minimum_flops: float
+  collectives: dict[str, tuple[int, int]]
+  compute_seconds: float
+  link_seconds: float
+  steps: int
+  compile_seconds: float
+  versions: dict[str, str]
+  label: str = LABEL
+
+  @property
+  def total_memory(self) -> int:
+    return sum(self.memory.values())
+
+  @property
+  def seconds(self) -> float:
+    """Of one update, if nothing of the collectives were hidden behind the computation."""
+    return self.compute_seconds + self.link_seconds
+
+  @property
+  def pairs_per_second(self) -> float:
+    return self.chips * self.pairs_per_chip / self.seconds
+
+  @property
+  def share_of_peak(self) -> float:
+    """FLOPs that had to be done over those that the chip could have done meanwhile."""
+    kind = KINDS[self.topology.partition(":")[0]]
+    return self.minimum_flops / (self.seconds * kind.peak)
+
+  @property
+  def hours(self) -> float:
+    return self.steps * self.seconds / 3600
+
+  def to_dict(self) -> dict[str, Any]:
+    derived = "total_memory seconds pairs_per_second share_of_peak hours".split()
+    return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps what libtpu writes of missing accelerators from the user; shown if something fails."""
+  sys.stderr.flush()
+  with tempfile.TemporaryFile() as log:
+    before = os.dup(2)
+    os.dup2(log.fileno(), 2)
+    try:
+      yield
+    except DoesNotFit:
+      raise
+    except Exception:
+      log.seek(0)
+      os.write(before, log.read())
+      raise
+    finally:
+      os.dup2(before, 2)
+      os.close(before)
+
+
+def find_devices(topology: Topology) -> list[jax.Device]:
+  """The devices of a topology, for a mesh; they can be compiled for and not computed on.
+
+  Raises:
+    ValueError: the TPU compiler is not installed, or does not know the topology.
+  """
+  from jax.experimental import topologies
+
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a killed process leaves a lock
+  more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+  try:
+    with _quiet():
+      found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more)
+  except (ModuleNotFoundError, NotImplementedError, RuntimeError) as error:
+    raise ValueError(
+      f"plan: no TPU compiler for {topology}: {str(error).splitlines()[0]}; it comes with "
+      "pip install 'dmpo_jax[tpu]', for Linux on x86-64"
+    ) from error
+  return list(found.devices)
+
+
+def abstract_task(
+  config: config_lib.Config, base: base_lib.Base
+) -> tuple[Any, objectives.Frozen, train_step.Objective, types.PreferenceBatch]:
+  """What the configuration trains, as shapes: parameters, frozen, objective, a global batch."""
+  unet, seed = base.shapes["unet"], config.seed
+  adapter = tasks.initial_adapter(config.lora, unet, seed)
+  params = unet if adapter is None else _shapes(adapter.delta)
+  reference = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, jnp.dtype(config.precision.reference) if len(leaf.shape) > 1 else jnp.float32
+    ),
+    unet,
+  )
+  encoders = {name: base.shapes[name] for name in base.encoders}
+  if config.data.prompt_embeds:
+    encoders = None
+  frozen = objectives.Frozen(reference, encoders, None if adapter is None else _shapes(adapter))
+  return params, frozen, tasks.make_objective(config, base), abstract_batch(config, base)
+
+
+def _shapes(tree: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), tree)
+
+
+def abstract_batch(config: config_lib.Config, base: base_lib.Base) -> types.PreferenceBatch:
+  """Shapes of a global batch as `dmpo prepare` writes it."""
+  rows, (height, width, channels) = config.batch_size, base.latent_shape
+
+  def array(dtype, *shape):
+    return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+  moments = array(jnp.float16, height, width, 2 * channels)
+  length = base.models[base.encoders[0]].config.max_position_embeddings
+  several, unet = len(base.encoders) > 1, base.unet.config
+  return types.PreferenceBatch(
+    moments,
+    moments,
+    array(jnp.int32, *((len(base.encoders),) if several else ()), length),
+    array(jnp.float32) if config.objective.labels == "soft" else None,
+    array(jnp.float32, 6) if several else None,
+    moments if base.edits else None,
+    array(jnp.float16, length, unet.cross_attention_dim) if config.data.prompt_embeds else None,
+    array(jnp.float16, unet.text_embeds_dim) if config.data.prompt_embeds and several else None,
+  )
+
+
+def forward_flops(base: base_lib.Base) -> float:
+  """XLA's count of one image's forward pass through the UNet, attention without blocks."""
+  config = base.unet.config
+
+  def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  size, length = config.sample_size, base.models[base.encoders[0]].config.max_position_embeddings
+  inputs = [
+    floats(1, size, size, config.in_channels),
+    jax.ShapeDtypeStruct((1,), jnp.int32),
+    floats(1, length, config.cross_attention_dim),
+  ]
+  if config.addition_embed_type is not None:
+    inputs.append(types.AddedConditions(floats(1, config.text_embeds_dim), floats(1, 6)))
+  model = base.unet.clone(kernel=attention.PLAIN, remat="full")
+  lowered = jax.jit(model.apply).lower({"params": base.shapes["unet"]}, *inputs)
+  return lowered.cost_analysis()["flops"]
+
+
+def minimum_flops(config: config_lib.Config, base: base_lib.Base) -> float:
+  """What the objective cannot do without, for a pair.
+
+  Policy forward, twice that backward, reference forward, for two images. A low-rank delta needs no
+  gradient by the weights, a third of the policy's part (its own products are left out).
+  """
+  forwards = FORWARDS if config.lora.rank == 0 else FORWARDS - 2
+  return forwards * forward_flops(base)
+
+
+def make_plan(
+  config: config_lib.Config,
+  topology: Topology,
+  *,
+  effort: str = "quick",
+  cache: pathlib.Path | None = None,
+) -> Plan:
+  """Compiles the configuration's step for a topology.
+
+  Args:
+    effort: of `EFFORTS`.
+    cache: folder with figures of earlier plans; the key is the program itself.
+
+  Raises:
+    ValueError: the batch or the mesh does not divide, or there is no compiler.
+    DoesNotFit: the program needs more memory than a chip has.
+  """
+  devices = find_devices(topology)
+  mesh = sharding.make_mesh(fsdp=config.fsdp, devices=devices)
+  sharding.check_batch(config.batch_size, config.accumulation, mesh)
+  base = base_lib.load_architecture(
+    config.base, compute=config.precision.compute, kernel="tpu", remat=config.remat
+  )
+  params, frozen, objective, batch = abstract_task(config, base)
+  chain = optimizer.make_optimizer(config.optim, config.steps)
+  built = program.make_program(params, frozen, objective, chain, mesh, config.accumulation)
+  lowered = program.lower(built, mesh, frozen, batch)
+  versions = {"dmpo_jax": dmpo_jax.__version__, "jax": jax.__version__, "libtpu": _libtpu_version()}
+  entry = None
+  if cache is not None:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (lowered.as_text(), str(topology), effort, json.dumps(versions)):
+      digest.update(part.encode())
+    entry = cache / f"{digest.hexdigest()}.json"
+  if entry is not None and entry.is_file():
+    figures = json.loads(entry.read_text(encoding="utf-8"))
+  else:
+    figures = _compile(lowered, topology, effort, config.accumulation)
+    if entry is not None:
+      entry.parent.mkdir(parents=True, exist_ok=True)
+      temporary = entry.with_suffix(f".{os.getpid()}")
+      temporary.write_text(json.dumps(figures), encoding="utf-8")
+      os.replace(temporary, entry)
+  if "needed" in figures:
+    raise DoesNotFit(figures["message"], figures["needed"])
+  per_chip = len(devices) / topology.chips  # tpu7x has two devices on a chip
+  figures = hlo.Figures(**figures)
+  memory = {
+    "params": _bytes(built.shapes.params, built.state.params),
+    "optimizer": _bytes(built.shapes.opt_state, built.state.opt_state),
+    "reference": _bytes(frozen.reference, built.frozen.reference),
+    "text_encoders": _bytes(frozen.text_encoders, built.frozen.text_encoders),
+    "batch": _bytes(batch, jax.tree.map(lambda _: built.rows, batch)),
+    "temporaries": figures.temporaries,
+    "program": figures.code,
+  }
+  pairs = config.batch_size // topology.chips
+  kind = topology.kind
+  collectives = {name: (n, round(per_chip * size)) for name, (n, size) in figures.collectives}
+  moved = sum(size for _, size in collectives.values())
+  return Plan(
+    topology=str(topology),
+    chips=topology.chips,
+    mesh=dict(mesh.shape),
+    remat=config.remat,
+    pairs_per_chip=pairs,
+    accumulation=config.accumulation,
+    effort=effort,
+    memory={name: round(per_chip * size) for name, size in memory.items()},
+    memory_limit=round(kind.memory),
+    flops=per_chip * (config.accumulation * figures.flops + figures.kernel_flops),
+    kernel_flops=per_chip * figures.kernel_flops,
+    minimum_flops=pairs * minimum_flops(config, base),
+    collectives=collectives,
+    compute_seconds=config.accumulation * figures.optimal_seconds
+    + per_chip * figures.kernel_flops_padded / kind.peak,
+    link_seconds=moved / kind.links,
+    steps=config.steps,
+    compile_seconds=figures.compile_seconds,
+    versions=versions,
+  )
+
+
+def _bytes(tree: Any, places: Any) -> int:
+  """On one device."""
+  sizes = jax.tree.map(
+    lambda x, place: math.prod(place.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize,
+    tree,
+    places,
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+def _libtpu_version() -> str:
+  import importlib.metadata
+
+  try:
+    return importlib.metadata.version("libtpu")
+  except importlib.metadata.PackageNotFoundError:
+    return "unknown"
+
+
+def _compile(
+  lowered: jax.stages.Lowered, topology: Topology, effort: str, accumulation: int
+) -> dict[str, Any]:
+  """Figures of the compiled program, or of why it does not fit; JSON."""
+  begun = time.monotonic()
+  try:
+    with _quiet():
+      compiled = lowered.compile(compiler_options=EFFORTS[effort])
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    needed = hlo.needed_bytes(str(error))
+    amount = "" if needed is None else f": {needed / GIB:.2f} GiB"
+    message = (
+      f"{topology}: the step does not fit a chip's memory of {topology.kind.memory / GIB:.0f} GiB"
+      f"{amount}; fewer pairs a chip, a larger accumulation, another remat or more fsdp need less"
+    )
+    return {"message": message, "needed": needed}
+  figures = hlo.read_figures(compiled, loops=accumulation)
+  return figures._replace(compile_seconds=time.monotonic() - begun)._asdict()
+
+
+# Search.
+
+
+class Candidate(NamedTuple):
+  """A way to run the same recipe."""
+
+  pairs: int  # a chip at once
+  remat: str
+  fsdp: int
+
+  def __str__(self) -> str:
+    return f"{self.pairs} pairs a chip at once, remat {self.remat}, fsdp {self.fsdp}"
+
+
+def candidates(config: config_lib.Config, topology: Topology) -> list[Candidate]:
+  """What divides the batch: powers of two of pairs, kept outputs, a state on a host or on a slice.
+
+  >>> topology = read_topology("v5e:2x2")
+  >>> [str(each) for each in candidates(_Batch(8), topology)][-1]
+  '2 pairs a chip at once, remat blocks, fsdp 4'
+  """
+  devices = topology.chips // topology.slices
+  shares = sorted({min(devices, share) for share in (1, 8, 64, devices)})
+  per_chip = config.batch_size // topology.chips
+  if per_chip * topology.chips != config.batch_size:
+    unit = topology.chips
+    below = max(config.batch_size // unit * unit, unit)
+    raise ValueError(
+      f"batch_size: {config.batch_size} cannot be split over {unit} chips; expected a multiple of "
+      f"{unit}: {below} or {below + unit}"
+    )
+  sizes = [pairs for pairs in (1, 2, 4, 8, 16, 32, 64) if per_chip % pairs == 0]
+  return [
+    Candidate(pairs, remat, fsdp)
+    for fsdp in shares
+    for remat in ("layers", "blocks")
+    for pairs in sizes
+  ]
+
+
+class _Batch(NamedTuple):
+  """The part of a configuration that `candidates` reads, for its example."""
+
+  batch_size: int
+
+
+def search(
+  config: config_lib.Config,
+  topology: Topology,
+  *,
+  effort: str = "quick",
+  cache: pathlib.Path | None = None,
+  report: Callable[[str], None] = print,
+) -> list[Plan]:
+  """Plans of all candidates that fit, the fastest first.
+
+  What does not fit with some pairs is not tried with more.
+
+  Raises:
+    DoesNotFit: none fits.
+  """
+  plans, full, refusal = [], set(), None
+  for each in candidates(config, topology):
+    if any(each[1:] == other[1:] and each.pairs > other.pairs for other in full):
+      continue
+    accumulation = config.batch_size // topology.chips // each.pairs
+    changed = dataclasses.replace(
+      config, remat=each.remat, fsdp=each.fsdp, accumulation=accumulation
+    )
+    try:
+      plan = make_plan(changed, topology, effort=effort, cache=cache)
+    except DoesNotFit as error:
+      full.add(each)
+      refusal = error
+      report(f"{each}: does not fit")
+      continue
+    report(f"{each}: {plan.pairs_per_second:.1f} pairs/s, {plan.total_memory / GIB:.1f} GiB")
+    plans.append(plan)
+  if not plans:
+    raise refusal
+  return sorted(plans, key=lambda plan: -plan.pairs_per_second)
+
+
+# For people.
+
+
+def show(plan: Plan) -> str:
+  """The figures as text.
+
+  Every line is of the compiled program; nothing of it has run.
+  """
+  forward = plan.minimum_flops / plan.pairs_per_chip
+  free = plan.memory_limit - plan.total_memory
+  lines = [
+    f"{plan.topology}, {plan.chips} chips, mesh {plan.mesh}, remat {plan.remat}, "
+    f"{plan.pairs_per_chip} pairs a chip and update in {plan.accumulation} part(s)",
+    f"{LABEL}; {plan.effort} effort, {plan.compile_seconds:.0f} s to compile",
+    "",
+    "memory of a chip",
+  ]
+  lines += [f"  {name:<14} {size / GIB:8.3f} GiB" for name, size in plan.memory.items()]
+  lines += [
+    f"  {'in all':<14} {plan.total_memory / GIB:8.3f} GiB of {plan.memory_limit / GIB:.0f}: fits, "
+    f"{free / GIB:.2f} GiB are left",
+    "",
+    "work of a chip and update",
+    f"  FLOPs          {plan.flops:.4g}, {plan.flops / plan.minimum_flops:.2f} of the least "
+    f"possible ({forward:.4g} a pair); {plan.kernel_flops:.3g} in kernels, counted by hand",
+  ]
+  for name, (number, size) in plan.collectives.items():
+    lines.append(f"  {name:<14} {number} of {size / 2**20:,.1f} MiB in all")
+  lines += [
+    "",
+    "time of an update, estimated: a bound, nothing waits in it",
+    f"  computing      {1e3 * plan.compute_seconds:.1f} ms, by the compiler; kernels at peak",
+    f"  links          {1e3 * plan.link_seconds:.1f} ms, if none were hidden behind computing",
+    f"  rate           {plan.pairs_per_second:.1f} pairs/s, {plan.share_of_peak:.0%} of the "
+    "bfloat16 peak",
+    f"  recipe         {plan.steps} updates: {plan.hours:.2f} hours, "
+    f"{plan.hours * plan.chips:.1f} chip-hours",
+  ]
+  return "\n".join(lines)
+
+
+def show_ranking(plans: list[Plan]) -> str:
+  """One line a plan."""
+  lines = [f"{'pairs/s':>9} {'at once':>8} {'remat':>7} {'mesh':>22} {'GiB':>6} {'of peak':>8}"]
+  for plan in plans:
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    lines.append(
+      f"{plan.pairs_per_second:9.1f} {plan.pairs_per_chip // plan.accumulation:8d} "
+      f"{plan.remat:>7} {mesh:>22} {plan.total_memory / GIB:6.1f} {plan.share_of_peak:8.0%}"
+    )
+  return "\n".join(lines)
