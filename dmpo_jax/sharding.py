@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 AXES = ("data", "fsdp")
@@ -100,7 +100,7 @@ def fsdp_shardings(
   return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh, min_size)), tree)
 
 
-def _spec(shape: tuple[int, ...], mesh: Mesh, min_size: int) -> PartitionSpec:
+def _spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh, min_size: int) -> PartitionSpec:
   parts = mesh.shape["fsdp"]
   fitting = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
   if parts == 1 or math.prod(shape) < min_size or not fitting:

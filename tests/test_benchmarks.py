@@ -98,3 +98,17 @@ def test_prepare_encoder():
   for *_, ours, judge, ratio, difference in tables[0]:
     assert first_number(ratio) == pytest.approx(first_number(ours) / first_number(judge), rel=0.02)
     assert 0 < float(difference) < 1e-4
+
+
+def test_cpu_step():
+  settings = ["--cases", "emoji", "--pairs", 1, "--rounds", 2, "--seconds", 0]
+  done, (variants, parts) = run("cpu_step.py", *settings, "--modes", "eager")
+  # That loss, gradient norm and update agree is in the exit status.
+  assert done.returncode == 0, done.stderr
+  assert "emoji: 4.3 M parameters, 1 pairs of 4 x 4 x 16\n" in done.stdout
+  assert [row[0] for row in variants] == ["eager, contiguous", "eager, channels_last"]
+  for _, seconds, *differences in variants:
+    assert float(seconds) > 0 and all(0 <= float(each) < 1e-4 for each in differences)
+  assert len(parts) == 5 and parts[0][0] == "step"
+  for _, *cells in parts:
+    assert all(first_number(cell) > 0 for cell in cells)
