@@ -32,8 +32,8 @@ class Row(NamedTuple):
 
 SD15, SDXL, LORA = "sd15_dmpo_pickapic", "sdxl_dmpo_pickapic", "sd15_dmpo_lora"
 ROWS = (
-  Row(SD15, "v5e:4x4", 4),
   Row(SDXL, "v5e:16x16", 1),
+  Row(SD15, "v5e:4x4", 4),
   Row(SD15, "v5e:16x16", 4),
   Row(LORA, "v5e:2x2", 4),
   Row(SDXL, "v5p:4x4x4", 4),

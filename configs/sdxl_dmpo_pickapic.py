@@ -17,6 +17,7 @@ import sd15_dmpo_pickapic
 def get_config():
   config = sd15_dmpo_pickapic.get_config()
   config.base = "stabilityai/stable-diffusion-xl-base-1.0"
+  config.fsdp = 64
   config.objective.beta = 6000.0
   config.optim.name = "adafactor"
   config.optim.learning_rate = 2.048e-6

@@ -142,6 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     help="of the compiler: minutes, or the half hour and more that the real run would take here",
   )
   plan.add_argument("--search", action="store_true", help="try pairs a chip, remat and mesh")
+  plan.add_argument("--calibrate", action="store_true", help="how true the compiler's counters are")
   folder(plan, "--out", "JSON file for the figures", required=False)
 
   base = add("base", run_base, "train the shipped base from scratch (hours)", BASE_CONFIG)
@@ -365,6 +366,12 @@ def run_plan(options, overrides, command) -> None:
   from dmpo_jax import plan, stages
 
   topology = plan.read_topology(options.topology, options.slices)
+  if options.calibrate:
+    rows = plan.calibrate(topology)
+    print(plan.show_calibration(topology, rows))
+    if options.out is not None:
+      stages.write_json(options.out, {"topology": str(topology), "calibration": rows})
+    return
   config = config_lib.from_dict(read_config(options.config, overrides))
   cache = cache_folder() / "plans"
   if options.search:

@@ -147,7 +147,7 @@ def preference_objective(
   def loss(params, frozen: Frozen, examples: PairExamples):
     conditions = examples.stored
     if conditions is None:
-      encoders = sharding.gathered(frozen.text_encoders)
+      encoders = sharding.gathered(cast_kernels(frozen.text_encoders, denoiser.dtype))
       conditions = denoiser.embed(encoders, examples.input_ids, examples.time_ids)
     conditions = conditions._replace(image_latents=examples.image_latents)
     policy, reference = params, frozen.reference

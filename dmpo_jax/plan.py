@@ -422,7 +422,7 @@ def _compile(
       f"{topology}: the step does not fit a chip's memory of {topology.kind.memory / GIB:.0f} GiB"
       f"{amount}; fewer pairs a chip, a larger accumulation, another remat or more fsdp need less"
     )
-    return {"message": message, "needed": needed}
+    return {"message": message, "needed": needed, "compiler": str(error)[:2000]}
   figures = hlo.read_figures(compiled, loops=accumulation)
   return figures._replace(compile_seconds=time.monotonic() - begun)._asdict()
 
@@ -560,4 +560,59 @@ def show_ranking(plans: list[Plan]) -> str:
       f"{plan.pairs_per_second:9.1f} {plan.pairs_per_chip // plan.accumulation:8d} "
       f"{plan.remat:>7} {mesh:>22} {plan.total_memory / GIB:6.1f} {plan.share_of_peak:8.0%}"
     )
+  return "\n".join(lines)
+
+
+# Calibration.
+
+
+def calibrate(topology: Topology) -> list[dict[str, Any]]:
+  """What the compiler's counters say of programs whose FLOPs are known, on one device.
+
+  An 8192-wide product of matrices, and a 3x3 convolution of Stable Diffusion's widest level; both
+  in bfloat16. Ratios are over a count by hand (a multiply and an add are two; a convolution at the
+  border multiplies padding, which the compiler leaves out) and over its time at the chip's peak.
+  """
+  device = find_devices(topology)[0]
+  devices = len(find_devices(topology)) / topology.chips
+  place = jax.sharding.SingleDeviceSharding(device)
+
+  def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+
+  def convolve(x, kernel):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+  size, batch, pixels, channels = 8192, 8, 64, 320
+  programs = {
+    "product of matrices": (jnp.matmul, (array(size, size), array(size, size)), 2 * size**3),
+    "convolution": (
+      convolve,
+      (array(batch, pixels, pixels, channels), array(3, 3, channels, channels)),
+      2 * 9 * batch * pixels**2 * channels**2,
+    ),
+  }
+  rows = []
+  for name, (function, arguments, flops) in programs.items():
+    with _quiet():
+      costs = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    at_peak = flops / (topology.kind.peak / devices)
+    rows.append(
+      {
+        "program": name,
+        "flops": costs["flops"] / flops,
+        "optimal_seconds": costs["optimal_seconds"] / at_peak,
+      }
+    )
+  return rows
+
+
+def show_calibration(topology: Topology, rows: list[dict[str, Any]]) -> str:
+  """The ratios as text."""
+  lines = [f"{topology}, {LABEL}: the compiler's figures over those by hand and at the peak"]
+  lines += [
+    f"  {row['program']:<20} FLOPs {row['flops']:.3f}, time {row['optimal_seconds']:.2f}"
+    for row in rows
+  ]
   return "\n".join(lines)

@@ -78,17 +78,19 @@ def train_step(
   """
   examples = objective.draw(batch, jax.random.fold_in(root_key, state.step))
 
-  def mean_loss(params, examples):
+  def mean_loss(params, frozen, examples):
     loss, metrics = objective.loss(params, frozen, examples)
     return jnp.mean(loss), {"loss": loss, **metrics}
 
   grad = jax.grad(mean_loss, has_aux=True)
   if accumulation == 1:
-    grads, metrics = grad(state.params, examples)
+    grads, metrics = grad(state.params, frozen, examples)
   else:
 
     def accumulate(total, part):
-      grads, metrics = grad(state.params, part)
+      # Tied to the part: what is gathered of parameters stays in the loop, and is not held for all.
+      inputs = jax.lax.optimization_barrier((state.params, frozen, part))
+      grads, metrics = grad(*inputs)
       return jax.tree.map(jnp.add, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
