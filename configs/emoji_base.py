@@ -114,6 +114,7 @@ def _run(method, *, steps, batch_size, rate, kl_weight=None, ema=0.0, power=1.0)
       flip=0.0,
       independent=False,
       prompt_embeds=False,
+      reference_draws=0,
       workers=0,
       broken_limit=0.0,
       caption_dropout=0.1 if method == "denoise" else 0.0,

@@ -44,6 +44,7 @@ def get_config():
   config.data.flip = 0.0  # letters and arrows are among them
   config.data.independent = False  # True crops and mirrors winner and loser apart, as older code
   config.data.prompt_embeds = False  # True: prepare runs the text encoders, training does not
+  config.data.reference_draws = 0  # settled draws of each pair, for dmpo cache; 0: none
   config.data.workers = 0  # processes that read ahead; 0: threads
   config.data.broken_limit = 0.01  # share of broken rows that is let pass
   # 1: uniform timesteps, as in the paper. 4 prefers the noisy ones, where alone the caption decides

@@ -16,7 +16,7 @@ def get_config():
   config = sd15_dmpo_pickapic.get_config()
   config.base = "timbrooks/instruct-pix2pix"
   config.batch_size = 512
-  config.accumulation = 2
+  config.accumulation = 8
   config.steps = 1000
   config.data.dataset = "pairs"
   config.data.validation_share = 0.05

@@ -73,6 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
     "--beam= for its local runner (extra: beam)",
   )
 
+  cache = add("cache", run_cache, "compute the reference's errors once; run again to go on")
+  folder(cache, "--data", "folder that `dmpo prepare` filled")
+
   train = add("train", run_train, "preference optimisation; run again to resume")
   folder(train, "--data", "folder that `dmpo prepare` filled")
   folder(train, "--out", "folder of the run")
@@ -81,6 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
     action="store_true",
     help="one of several processes that train together (Cloud TPU, GKE, SLURM; elsewhere set"
     " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID)",
+  )
+  train.add_argument(
+    "--profile",
+    metavar="FIRST:LAST",
+    help="write a trace of these steps (or of one: --profile 10) for TensorBoard's profile plugin;"
+    " the first step of a call compiles",
   )
 
   sample = add("sample", run_sample, "images from a base folder, an export or a run")
@@ -261,15 +270,32 @@ def run_prepare(options, overrides, command) -> None:
   print(f"pairs: {encoded.metadata['counts']}, in {options.data}")
 
 
+def run_cache(options, overrides, command) -> None:
+  """`dmpo cache`."""
+  del command
+  from dmpo_jax import stages
+
+  config, base = _load(options, overrides)
+  print(f"errors of the reference: {stages.cache_reference(config, base, options.data)}")
+
+
 def run_train(options, overrides, command) -> None:
   """`dmpo train`."""
   del command
+  from dmpo_jax import config as config_lib
+  from dmpo_jax import profiling
+
+  steps = None
+  if options.profile is not None:
+    total = config_lib.from_dict(read_config(options.config, overrides)).steps
+    steps = profiling.read_steps(options.profile, total)
   if options.distributed:
     _join_processes()
   from dmpo_jax import stages
 
   config, base = _load(options, overrides)
-  stages.train_policy(config, base, stages.open_data(config, base, options.data), options.out)
+  encoded = stages.open_data(config, base, options.data)
+  stages.train_policy(config, base, encoded, options.out, steps)
 
 
 def run_sample(options, overrides, command) -> None:

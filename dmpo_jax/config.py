@@ -86,6 +86,8 @@ class DataConfig:
     does; only for a comparison with it.
   prompt_embeds: whether `dmpo prepare` runs the text encoders too and stores their output, so that
     training needs none of them.
+  reference_draws: settled draws of timestep and noise for each pair, whose reference errors
+    `dmpo cache` computes once; 0: drawn anew every time, and the reference computed in every step.
   broken_limit: share of broken rows, [0, 1], above which `dmpo prepare` stops.
   workers: processes that read ahead on each host; 0: threads of the training process.
   caption_dropout: probability in [0, 1) that a pair is trained on with the empty caption.
@@ -101,6 +103,7 @@ class DataConfig:
   flip: float
   independent: bool
   prompt_embeds: bool
+  reference_draws: int
   broken_limit: float
   workers: int
   caption_dropout: float
@@ -116,6 +119,8 @@ class DataConfig:
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f"data.{name}: expected [0, 1), got {getattr(self, name)}")
     _check_positive("data.timestep_power", self.timestep_power)
+    if self.reference_draws < 0:
+      raise ValueError(f"data.reference_draws: expected at least 0, got {self.reference_draws}")
     if self.workers < 0:
       raise ValueError(f"data.workers: expected at least 0, got {self.workers}")
 

@@ -102,8 +102,11 @@ def needed_bytes(message: str) -> float | None:
 
   >>> needed_bytes("Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.") / 2**30
   20.5
+  >>> needed_bytes("required for HLO temporaries (15.50G) exceeds available HBM (15.75G)") / 2**30
+  15.5
   """
   match = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+  match = match or re.search(r"\(([\d.]+)([KMGT])\) exceeds available", message)
   if match is None:
     return None
   return float(match[1]) * 2.0 ** (10 * (1 + "KMGT".index(match[2])))

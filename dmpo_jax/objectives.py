@@ -97,6 +97,35 @@ class PairExamples(NamedTuple):
   time_ids: Float[Array, "B 6"] | None
   image_latents: Float[Array, "B h w c"] | None
   stored: types.Conditions | None  # the prompt's embeddings, where they were made beforehand
+  reference_errors: Float[Array, "B 2"] | None  # likewise
+
+
+def conditions_of(denoiser: Denoiser, frozen: Frozen, examples: PairExamples) -> types.Conditions:
+  """What the UNet is told: stored embeddings, or those of the text encoders."""
+  conditions = examples.stored
+  if conditions is None:
+    encoders = sharding.gathered(cast_kernels(frozen.text_encoders, denoiser.dtype))
+    conditions = denoiser.embed(encoders, examples.input_ids, examples.time_ids)
+  return conditions._replace(image_latents=examples.image_latents)
+
+
+def pair_errors(
+  denoiser: Denoiser,
+  unet_params: train_step.Params,
+  examples: PairExamples,
+  conditions: types.Conditions,
+) -> Float[Array, "B 2"]:
+  """Errors of winner and loser, which share timestep and noise (Diffusion-DPO's code)."""
+  # Nothing is kept for the backward pass but what stands behind barriers: it would change the
+  # fusions, and so the rounding, of the policy's forward pass. As it is, policy and reference
+  # compute the same, and equal parameters give a margin of exactly zero.
+  forward = remat.checkpoint(functools.partial(squared_errors, denoiser), denoiser.remat)
+  timesteps, noise, both = jax.tree.map(
+    lambda x: x.repeat(2, axis=0), (*examples.noising, conditions)
+  )
+  latents = examples.latents.reshape(-1, *examples.latents.shape[2:])
+  kernels = cast_kernels(unet_params, denoiser.dtype)
+  return forward(kernels, latents, noise, timesteps, both).reshape(-1, 2)
 
 
 def preference_objective(
@@ -106,6 +135,7 @@ def preference_objective(
   peak_weight: float,
   timestep_power: float = 1.0,
   soft_labels: bool = False,
+  draw_seed: int = 0,
 ) -> train_step.Objective:
   """A loss on pairs against a frozen reference: policy parameters are trained, nothing else.
 
@@ -113,24 +143,33 @@ def preference_objective(
   The source image of an edit enters as the unscaled posterior mean (Brooks et al.,
   arXiv 2211.09800, section 3.2, and diffusers' training script).
 
-  Winner and loser share timestep and noise (Diffusion-DPO's code). The reference takes the very
-  same code path, so that policy == reference gives margins of exactly zero.
+  The reference takes the very same code path, so that policy == reference gives margins of exactly
+  zero. Where the batch holds its errors, it is not computed, and `Frozen.reference` not read.
 
   Args:
     loss_fn: (err_w, err_l, ref_err_w, ref_err_l) -> (loss [B], parts), from `losses`.
     peak_weight: the largest |dL/du| of `loss_fn`, for the dead-zone share.
     timestep_power: see `diffusion.sample_noising`.
     soft_labels: whether `loss_fn` is given each pair's `p_choice` besides.
+    draw_seed: of batches whose draws are settled (`types.PreferenceBatch.draw`).
   """
 
   def draw(batch: types.PreferenceBatch, key) -> PairExamples:
-    key_noising, key_latents = jax.random.split(key)
     # Winner beside loser on axis 1: a pair stays on its device (concatenation would move it).
     moments = jnp.stack([batch.moments_w, batch.moments_l], axis=1)
-    latents = vae.sample_latents(key_latents, moments, denoiser.scaling_factor)
-    steps = len(denoiser.alphas_cumprod)
-    shape = latents[:, 0].shape
-    noising = diffusion.sample_noising(key_noising, shape, steps, timestep_power)
+
+    def draw_rows(key, moments):
+      key_noising, key_latents = jax.random.split(key)
+      latents = vae.sample_latents(key_latents, moments, denoiser.scaling_factor)
+      steps, shape = len(denoiser.alphas_cumprod), latents[:, 0].shape
+      return latents, diffusion.sample_noising(key_noising, shape, steps, timestep_power)
+
+    if batch.draw is None:
+      latents, noising = draw_rows(key, moments)
+    else:  # the same wherever and whenever the pair comes up
+      keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(draw_seed), batch.draw)
+      drawn = jax.vmap(draw_rows)(keys, moments[:, None])
+      latents, noising = jax.tree.map(lambda x: x[:, 0], drawn)
     image_latents = None
     if batch.source_moments is not None:
       image_latents, _ = vae.split_moments(batch.source_moments)
@@ -142,33 +181,21 @@ def preference_objective(
       batch.time_ids,
       image_latents,
       _stored_conditions(batch),
+      batch.reference_errors,
     )
 
   def loss(params, frozen: Frozen, examples: PairExamples):
-    conditions = examples.stored
-    if conditions is None:
-      encoders = sharding.gathered(cast_kernels(frozen.text_encoders, denoiser.dtype))
-      conditions = denoiser.embed(encoders, examples.input_ids, examples.time_ids)
-    conditions = conditions._replace(image_latents=examples.image_latents)
+    conditions = conditions_of(denoiser, frozen, examples)
     policy, reference = params, frozen.reference
     if frozen.adapter is not None:
       policy = lora.Adapted(frozen.reference, frozen.adapter._replace(delta=params))
       reference = lora.Adapted(frozen.reference, frozen.adapter)
 
-    # Nothing is kept for the backward pass but what stands behind barriers: it would change the
-    # fusions, and so the rounding, of the policy's forward pass. As it is, policy and reference
-    # compute the same, and equal parameters give a margin of exactly zero.
-    forward = remat.checkpoint(functools.partial(squared_errors, denoiser), denoiser.remat)
-
-    def errors(unet_params):
-      timesteps, noise, both = jax.tree.map(
-        lambda x: x.repeat(2, axis=0), (*examples.noising, conditions)
-      )
-      latents = examples.latents.reshape(-1, *examples.latents.shape[2:])
-      kernels = cast_kernels(unet_params, denoiser.dtype)
-      return forward(kernels, latents, noise, timesteps, both).reshape(-1, 2)
-
-    err, ref_err = errors(policy), jax.lax.stop_gradient(errors(reference))
+    err = pair_errors(denoiser, policy, examples, conditions)
+    ref_err = examples.reference_errors
+    if ref_err is None:
+      ref_err = pair_errors(denoiser, reference, examples, conditions)
+    ref_err = jax.lax.stop_gradient(ref_err)
     labels = {"p_choice": examples.p_choice} if soft_labels else {}
     values, parts = loss_fn(err[:, 0], err[:, 1], ref_err[:, 0], ref_err[:, 1], **labels)
     metrics = {name: value for name, value in parts._asdict().items() if name != "gradient_weight"}

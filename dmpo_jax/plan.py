@@ -243,6 +243,8 @@ def abstract_task(
   encoders = {name: base.shapes[name] for name in base.encoders}
   if config.data.prompt_embeds:
     encoders = None
+  if config.data.reference_draws and adapter is None:
+    reference = None  # its errors come with the batch
   frozen = objectives.Frozen(reference, encoders, None if adapter is None else _shapes(adapter))
   return params, frozen, tasks.make_objective(config, base), abstract_batch(config, base)
 
@@ -270,6 +272,8 @@ def abstract_batch(config: config_lib.Config, base: base_lib.Base) -> types.Pref
     moments if base.edits else None,
     array(jnp.float16, length, unet.cross_attention_dim) if config.data.prompt_embeds else None,
     array(jnp.float16, unet.text_embeds_dim) if config.data.prompt_embeds and several else None,
+    array(jnp.int32) if config.data.reference_draws else None,
+    array(jnp.float32, 2) if config.data.reference_draws else None,
   )
 
 
@@ -297,9 +301,10 @@ def minimum_flops(config: config_lib.Config, base: base_lib.Base) -> float:
   """What the objective cannot do without, for a pair.
 
   Policy forward, twice that backward, reference forward, for two images. A low-rank delta needs no
-  gradient by the weights, a third of the policy's part (its own products are left out).
+  gradient by the weights, a third of the policy's part (its own products are left out), and errors
+  that are stored (`data.reference_draws`) need no reference.
   """
-  forwards = FORWARDS if config.lora.rank == 0 else FORWARDS - 2
+  forwards = FORWARDS - 2 * (config.lora.rank > 0) - 2 * (config.data.reference_draws > 0)
   return forwards * forward_flops(base)
 
 
@@ -441,21 +446,21 @@ class Candidate(NamedTuple):
     return f"{self.pairs} pairs a chip at once, remat {self.remat}, fsdp {self.fsdp}"
 
 
-def candidates(config: config_lib.Config, topology: Topology) -> list[Candidate]:
+def candidates(batch_size: int, topology: Topology) -> list[Candidate]:
   """What divides the batch: powers of two of pairs, kept outputs, a state on a host or on a slice.
 
   >>> topology = read_topology("v5e:2x2")
-  >>> [str(each) for each in candidates(_Batch(8), topology)][-1]
+  >>> [str(each) for each in candidates(8, topology)][-1]
   '2 pairs a chip at once, remat blocks, fsdp 4'
   """
   devices = topology.chips // topology.slices
   shares = sorted({min(devices, share) for share in (1, 8, 64, devices)})
-  per_chip = config.batch_size // topology.chips
-  if per_chip * topology.chips != config.batch_size:
+  per_chip = batch_size // topology.chips
+  if per_chip * topology.chips != batch_size:
     unit = topology.chips
-    below = max(config.batch_size // unit * unit, unit)
+    below = max(batch_size // unit * unit, unit)
     raise ValueError(
-      f"batch_size: {config.batch_size} cannot be split over {unit} chips; expected a multiple of "
+      f"batch_size: {batch_size} cannot be split over {unit} chips; expected a multiple of "
       f"{unit}: {below} or {below + unit}"
     )
   sizes = [pairs for pairs in (1, 2, 4, 8, 16, 32, 64) if per_chip % pairs == 0]
@@ -465,12 +470,6 @@ def candidates(config: config_lib.Config, topology: Topology) -> list[Candidate]
     for remat in ("layers", "blocks")
     for pairs in sizes
   ]
-
-
-class _Batch(NamedTuple):
-  """The part of a configuration that `candidates` reads, for its example."""
-
-  batch_size: int
 
 
 def search(
@@ -489,7 +488,7 @@ def search(
     DoesNotFit: none fits.
   """
   plans, full, refusal = [], set(), None
-  for each in candidates(config, topology):
+  for each in candidates(config.batch_size, topology):
     if any(each[1:] == other[1:] and each.pairs > other.pairs for other in full):
       continue
     accumulation = config.batch_size // topology.chips // each.pairs

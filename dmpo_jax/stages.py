@@ -34,6 +34,9 @@ from dmpo_jax import (
   logs,
   lora,
   lora_files,
+  plan,
+  profiling,
+  reference_cache,
   report,
   sharding,
   tasks,
@@ -304,18 +307,54 @@ def latents_folder(config: config_lib.Config, data_dir: pathlib.Path) -> pathlib
 def open_data(
   config: config_lib.Config, base: base_lib.Base, data_dir: pathlib.Path
 ) -> encode.Encoded:
-  """The encoded pairs that `prepare` left in `data_dir`, or the mixture of several such sets."""
+  """The encoded pairs that `prepare` left in `data_dir`, or the mixture of several such sets.
+
+  With `data.reference_draws`, those draws of each pair and what the reference makes of them.
+  """
   fingerprint = base.data_fingerprint(config.data.prompt_embeds)
   if config.data.mixture is not None:
-    return mixture.open_mixture(config.data.mixture, data_dir / "latents", fingerprint=fingerprint)
-  return encode.open_encoded(latents_folder(config, data_dir), fingerprint=fingerprint)
+    encoded = mixture.open_mixture(
+      config.data.mixture, data_dir / "latents", fingerprint=fingerprint
+    )
+  else:
+    encoded = encode.open_encoded(latents_folder(config, data_dir), fingerprint=fingerprint)
+  if config.data.reference_draws:
+    splits = reference_cache.load(config, base, encoded, latents_folder(config, data_dir))
+    encoded = dataclasses.replace(encoded, splits={**encoded.splits, **splits})
+  return encoded
+
+
+def cache_reference(
+  config: config_lib.Config,
+  base: base_lib.Base,
+  data_dir: pathlib.Path,
+  devices: Sequence[jax.Device] | None = None,
+) -> pathlib.Path:
+  """The reference's errors for the encoded pairs that `prepare` left in `data_dir`.
+
+  Args:
+    devices: see `reference_cache.build`.
+  """
+  without = dataclasses.replace(config, data=dataclasses.replace(config.data, reference_draws=0))
+  encoded = open_data(without, base, data_dir)
+  return reference_cache.build(config, base, encoded, latents_folder(config, data_dir), devices)
 
 
 def train_policy(
-  config: config_lib.Config, base: base_lib.Base, encoded: encode.Encoded, out: pathlib.Path
+  config: config_lib.Config,
+  base: base_lib.Base,
+  encoded: encode.Encoded,
+  out: pathlib.Path,
+  profile: profiling.Steps | None = None,
 ) -> None:
-  """Preference optimisation in the run folder `out`; goes on where an earlier call ended."""
-  train.train(config, tasks.preference_task(config, base, encoded), out)
+  """Preference optimisation in the run folder `out`; goes on where an earlier call ended.
+
+  Args:
+    profile: steps to write a trace of.
+  """
+  task = tasks.preference_task(config, base, encoded)
+  task = task._replace(flops=functools.partial(plan.minimum_flops, config, base))
+  train.train(config, task, out, profile=profile)
 
 
 def evaluate_policy(

@@ -28,6 +28,7 @@ class Task(NamedTuple):
   batches: start step -> endless iterator of this process's numpy batches.
   describe: step -> ids of the records in that step's batch, for error messages.
   validation: one numpy batch that is evaluated again and again, or None.
+  flops: counts the FLOPs that one example cannot do without (seconds), or None.
   """
 
   params: train_step.Params
@@ -36,6 +37,7 @@ class Task(NamedTuple):
   batches: Callable[[int], Iterator[Any]]
   describe: Callable[[int], Sequence[str]]
   validation: Any | None
+  flops: Callable[[], float] | None = None
 
 
 def bind_loss(config: config_lib.ObjectiveConfig) -> objectives.PreferenceLoss:
@@ -102,6 +104,7 @@ def make_objective(config: config_lib.Config, base: base_lib.Base) -> train_step
     peak_weight=losses.peak_gradient_weight(loss_fn),
     timestep_power=config.data.timestep_power,
     soft_labels=config.objective.labels == "soft",
+    draw_seed=config.seed,
   )
 
 
@@ -133,6 +136,7 @@ def preference_task(
       f"data.prompt_embeds: {config.data.prompt_embeds}, but the pairs were prepared with"
       f" {not config.data.prompt_embeds}; set it so, or prepare into another folder"
     )
+  known = "reference_errors" in pair  # then draws are settled, caption dropout among them
   held_out = encoded.splits.get("validation")  # few pairs may leave none
   unet_params = base.params["unet"]
   adapter = initial_adapter(config.lora, base.shapes["unet"], seed)
@@ -144,7 +148,7 @@ def preference_task(
       source,
       seed=seed,
       batch_size=config.batch_size,
-      caption_dropout=config.data.caption_dropout,
+      caption_dropout=0.0 if known else config.data.caption_dropout,
       empty_caption=encoded.empty_caption,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -155,7 +159,9 @@ def preference_task(
   return Task(
     params=params,
     frozen=objectives.Frozen(
-      reference_params(unet_params, config.precision.reference),
+      reference_params(unet_params, config.precision.reference)
+      if not known or adapter is not None  # a low-rank delta is one on the reference
+      else None,
       None if config.data.prompt_embeds else base.text_params,
       adapter,
     ),

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dmpo_jax import checkpoint, logs, optimizer, program, sharding, tasks, train_step
+from dmpo_jax import checkpoint, logs, optimizer, profiling, program, sharding, tasks, train_step
 from dmpo_jax import config as config_lib
 
 RUN_FILE = "run.json"
@@ -49,11 +49,14 @@ def train(
   task: tasks.Task,
   out: pathlib.Path,
   devices: Sequence[jax.Device] | None = None,
+  profile: profiling.Steps | None = None,
 ) -> train_step.Params:
   """Trains up to `config.steps`, resuming what `out` holds.
 
   Args:
     devices: all of them if None.
+    profile: steps of which a trace is written into the TensorBoard folder; writing it takes its
+      time, from pairs_per_second and mfu of that record too.
 
   Returns:
     The trained parameters (their average if `optim.ema_decay` > 0), on the mesh.
@@ -90,13 +93,16 @@ def train(
       init = functools.partial(train_step.init_state, optimizer=chain)
       state = jax.jit(init, out_shardings=built.state)(params)
     start = int(state.step)
-    _announce(config, mesh, built.shapes, start, out)
+    _announce(config, mesh, built.shapes, start, out, profile)
+    kind = mesh.devices.flat[0].device_kind
+    flops = profiling.count_flops(task.flops, kind)
     pending = collections.deque()
     validation, alarm = {}, 0.0
     with (
       _notice_of_preemption() as is_preempted,
       logs.MetricLog(out, start) as log,
       logs.progress(config.steps, start, f"training ({config.objective.method})") as bar,
+      profiling.Trace(profile, out / logs.TENSORBOARD_FOLDER) as trace,
     ):
       if validate and start == 0:
         validation = validate(state.params, frozen)
@@ -104,10 +110,17 @@ def train(
       clock, clock_step = time.monotonic(), start
       bar.set_postfix_str("compiling the step")
       batches = itertools.islice(task.batches(start), config.steps - start)
-      for step, batch in enumerate(sharding.place_ahead(batches, mesh), start):
-        with jax.set_mesh(mesh):
-          state, metrics = built.step(state, frozen, batch, root_key)
+      placed = sharding.place_ahead(batches, mesh)
+      for step in range(start, config.steps):
         done = step + 1
+        with trace.step(done, before=state):
+          with jax.profiler.TraceAnnotation("wait for the batch"):
+            batch = next(placed, None)
+          if batch is None:
+            break
+          with jax.set_mesh(mesh):
+            state, metrics = built.step(state, frozen, batch, root_key)
+        trace.after_step(done, metrics)
         pending.append((done, metrics))
         if len(pending) > 1:  # let the device run one step ahead of the host
           _check_finite(*pending[-2], task)
@@ -123,9 +136,11 @@ def train(
           record.update(_mean_of(pending))
           pending.clear()
           now = time.monotonic()
-          record["train/pairs_per_second"] = (
-            (done - clock_step) * config.batch_size / max(now - clock, 1e-9)
-          )
+          speed = (done - clock_step) * config.batch_size / max(now - clock, 1e-9)
+          record["train/pairs_per_second"] = speed
+          share = profiling.mfu(flops, speed, mesh.size, kind)
+          if share is not None:
+            record["train/mfu"] = share
           record["train/learning_rate"] = float(
             optimizer.learning_rate(config.optim, config.steps)(step)
           )
@@ -317,7 +332,14 @@ def _postfix(record: Mapping[str, float]) -> str:
   return ", ".join(f"{name} {record[name]:.4g}" for name in shown if name in record)
 
 
-def _announce(config: config_lib.Config, mesh, shapes, start: int, out: pathlib.Path) -> None:
+def _announce(
+  config: config_lib.Config,
+  mesh,
+  shapes,
+  start: int,
+  out: pathlib.Path,
+  profile: profiling.Steps | None,
+) -> None:
   if jax.process_index() > 0:
     return
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
@@ -343,4 +365,9 @@ def _announce(config: config_lib.Config, mesh, shapes, start: int, out: pathlib.
     f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}, "
     f"state {size / 2**20 / mesh.shape['fsdp']:.1f} MiB a device",
   ]
+  if profile is not None and profile.last <= start:
+    lines.append(f"profile  nothing: steps {profile} are done, the run goes on after step {start}")
+  elif profile is not None:
+    traced = profile._replace(first=max(profile.first, start + 1))
+    lines.append(f"profile  steps {traced}, into {out / logs.TENSORBOARD_FOLDER}")
   print("\n".join(lines), flush=True)

@@ -45,6 +45,8 @@ class PreferenceBatch(NamedTuple):
     source_moments: InstructPix2Pix only: of the image to edit.
     prompt_embeds: where the text encoders were run beforehand, see `Conditions`.
     text_embeds: likewise, SDXL only, see `AddedConditions`.
+    draw: number of a settled draw of timestep and noise, see `data.drawn`; None: drawn anew.
+    reference_errors: those of the frozen reference in that draw, of winner and loser.
   """
 
   moments_w: Float[Array, "B h w c2"]
@@ -55,6 +57,8 @@ class PreferenceBatch(NamedTuple):
   source_moments: Float[Array, "B h w c2"] | None = None
   prompt_embeds: Float[Array, "B L D"] | None = None
   text_embeds: Float[Array, "B P"] | None = None
+  draw: Int[Array, " B"] | None = None
+  reference_errors: Float[Array, "B 2"] | None = None
 
 
 class CaptionedBatch(NamedTuple):

@@ -14,8 +14,8 @@ LEVELS = {
   3: ["train_step", "objectives", "sample", "base", "checkpoint", "logs", "report", "figures"]
   + ["program", "hlo", "report_page", "report_table", "report_style"]
   + ["doctor_picture", "doctor_data", "doctor_page"],
-  4: ["tasks", "plan", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
-  + ["check_export", "doctor"],
+  4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
+  + ["check_export", "doctor", "plan", "reference_cache", "profiling"],
   5: ["cli"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}

@@ -105,17 +105,27 @@ def test_a_low_rank_delta_needs_fewer_flops():
   full = tiny.config("emoji")
   lora = tiny.config("emoji", **{"lora.rank": 2, "lora.alpha": 2.0, "lora.targets": "to_q"})
   assert plan.minimum_flops(lora, base) == 0.75 * plan.minimum_flops(full, base)
+  stored = tiny.config("emoji", **{"data.reference_draws": 2})
+  assert plan.minimum_flops(stored, base) == 0.75 * plan.minimum_flops(full, base)
+
+
+def test_stored_errors_stand_in_the_batch_for_the_reference():
+  config = tiny.config("emoji", **{"data.reference_draws": 2})
+  base = base_lib.load_architecture("emoji", compute="float32", kernel="tpu", remat="layers")
+  params, frozen, objective, batch = plan.abstract_task(config, base)
+  assert frozen.reference is None and batch.reference_errors.shape == (16, 2)
+  examples = jax.eval_shape(objective.draw, batch, jax.random.key(0))
+  loss, _ = jax.eval_shape(objective.loss, params, frozen, examples)
+  assert loss.shape == (16,)
 
 
 def test_batches_that_do_not_divide_are_refused():
-  config = tiny.config("emoji", batch_size=30)
   with pytest.raises(ValueError, match="30 cannot be split over 16 chips.*16 or 32"):
-    plan.candidates(config, plan.read_topology("v5e:4x4"))
+    plan.candidates(30, plan.read_topology("v5e:4x4"))
 
 
 def test_candidates_divide_the_batch():
-  config = tiny.config("emoji", batch_size=96)
-  found = plan.candidates(config, plan.read_topology("v5e:4x4"))
+  found = plan.candidates(96, plan.read_topology("v5e:4x4"))
   assert {each.pairs for each in found} == {1, 2}
   assert {each.fsdp for each in found} == {1, 8, 16}
   assert {each.remat for each in found} == {"layers", "blocks"}

@@ -80,7 +80,7 @@ class Encoded:
       empty if records hold none.
   """
 
-  splits: dict[str, Pairs | pipeline.Mixture]
+  splits: dict[str, pipeline.PairSource | pipeline.Mixture]
   metadata: dict[str, Any]
   empty_embeds: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 

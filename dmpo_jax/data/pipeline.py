@@ -110,7 +110,7 @@ def preference_batches(
   share = batch_size // process_count
   if process_count > 1:
     pairs = grain.MapDataset.source(_Rows(pairs, batch_size, process_index * share, share))
-  batches = pairs.batch(share, batch_fn=_stack)[start:]
+  batches = pairs.batch(share, batch_fn=stack)[start:]
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCHED)
   ahead = batches.to_iter_dataset(options)
   if workers:
@@ -147,7 +147,7 @@ def load_split(source: PairSource | Mixture, limit: int | None = None) -> types.
     raise ValueError(f"limit: expected at least 1, got {limit}")
   pairs = _mixed(source, lambda each, _: grain.MapDataset.source(each))
   count = len(pairs) if limit is None else min(limit, len(pairs))
-  return _stack([pairs[position] for position in range(count)])
+  return stack([pairs[position] for position in range(count)])
 
 
 def first_pair(source: PairSource | Mixture) -> dict[str, Any]:
@@ -204,7 +204,22 @@ def _mixed(source: PairSource | Mixture, read) -> grain.MapDataset:
   return grain.MapDataset.mix(parts, source.weights)
 
 
-def _stack(pairs: list[dict[str, Any]]) -> types.PreferenceBatch:
+@dataclasses.dataclass(frozen=True)
+class First:
+  """The first `limit` pairs of a source."""
+
+  source: PairSource
+  limit: int
+
+  def __len__(self) -> int:
+    return min(self.limit, len(self.source))
+
+  def __getitem__(self, position: int) -> dict[str, Any]:
+    return self.source[position]
+
+
+def stack(pairs: list[dict[str, Any]]) -> types.PreferenceBatch:
+  """Records -> a batch of the fields that they hold."""
   present = (field for field in _FIELDS if field in pairs[0])
   return types.PreferenceBatch(**{f: np.stack([pair[f] for pair in pairs]) for f in present})
 
