@@ -15,6 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 POLICIES = {"full": (), "blocks": ("block",), "layers": ("block", "layer")}
 # Its output goes into the sum of squared errors; keeping it would change the order of that sum.
 _LAST = "conv_out"
+# What a resnet adds up; kept in place of the sum, which XLA rounds otherwise where it is kept.
+_RESNET_ENDS = ("conv2", "conv_shortcut")
 
 
 def checkpoint(function: Callable, policy: str) -> Callable:
@@ -34,7 +36,7 @@ def marked(policy: str, blocks: tuple[type[nn.Module], ...]):
   def call(next_function, args, kwargs, context):
     output = next_function(*args, **kwargs)
     module = context.module
-    if isinstance(module, blocks):
+    if isinstance(module, blocks) or module.name in _RESNET_ENDS:
       name = "block"
     elif isinstance(module, (nn.Conv, nn.Dense)) and module.name != _LAST:
       name = "layer"

@@ -356,7 +356,7 @@ class UpBlock2D(nn.Module):
     return x
 
 
-BLOCKS = (layers.ResnetBlock2D, BasicTransformerBlock, Transformer2DModel)
+BLOCKS = (BasicTransformerBlock, Transformer2DModel)
 
 
 class UNet2DConditionModel(nn.Module):
