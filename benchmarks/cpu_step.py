@@ -308,7 +308,8 @@ class Ours:
 
     # The policy's share of the objective, as the objective has it.
     forward = remat.checkpoint(functools.partial(objectives.squared_errors, denoiser), config.remat)
-    latents, noise, timesteps, conditions = jax.jit(both_of_each)(examples)
+    latents, noise, timesteps = jax.jit(both_of_each)(examples)
+    conditions = examples.stored  # a row for each pair
 
     def errors(params):
       kernels = objectives.cast_kernels(params, denoiser.dtype)
@@ -326,7 +327,8 @@ class Ours:
       raw,
       dict(weights.to_diffusers(policy)),
       dict(weights.to_diffusers(reference)),
-      *map(np.asarray, (latents, noise, timesteps, conditions.prompt_embeds)),
+      *map(np.asarray, (latents, noise, timesteps)),
+      np.asarray(conditions.prompt_embeds).repeat(2, axis=0),
       np.asarray(denoiser.alphas_cumprod),
       config.objective.alpha,
       dataclasses.asdict(optim),
@@ -386,14 +388,12 @@ def random_batch(generator, pairs: int, shape, length: int, width: int):
 
 
 def both_of_each(examples):
-  """Latents, noise, timesteps and conditions of winners and losers in turn, [2 B, ...]."""
+  """Latents, noise and timesteps of winners and losers in turn, [2 B, ...]."""
   import jax
 
   latents = examples.latents.reshape(-1, *examples.latents.shape[2:])
-  noising, conditions = jax.tree.map(
-    lambda x: x.repeat(2, axis=0), (examples.noising, examples.stored)
-  )
-  return latents, noising.noise, noising.timesteps, conditions
+  noising = jax.tree.map(lambda x: x.repeat(2, axis=0), examples.noising)
+  return latents, noising.noise, noising.timesteps
 
 
 def mean_advantage(errors):

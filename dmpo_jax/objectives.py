@@ -121,9 +121,11 @@ def pair_errors(
   # fusions, and so the rounding, of the policy's forward pass. As it is, policy and reference
   # compute the same, and equal parameters give a margin of exactly zero.
   forward = remat.checkpoint(functools.partial(squared_errors, denoiser), denoiser.remat)
+  # Not the prompt's embeddings: the UNet projects them once for both.
   timesteps, noise, both = jax.tree.map(
-    lambda x: x.repeat(2, axis=0), (*examples.noising, conditions)
+    lambda x: x.repeat(2, axis=0), (*examples.noising, conditions._replace(prompt_embeds=None))
   )
+  both = both._replace(prompt_embeds=conditions.prompt_embeds)
   latents = examples.latents.reshape(-1, *examples.latents.shape[2:])
   kernels = cast_kernels(unet_params, denoiser.dtype)
   return forward(kernels, latents, noise, timesteps, both).reshape(-1, 2)

@@ -95,6 +95,42 @@ def test_unet_equals_diffusers(config, height, width):
   assert max_difference(got, expected) <= TOLERANCE
 
 
+def test_images_of_one_prompt_may_share_its_row():
+  _, ours, params = ported_unet(torch_models.UNET_SD1)
+  latents, timesteps, prompt_embeds = unet_inputs(torch_models.UNET_SD1)
+  pairs = np.stack([latents, random(8, *latents.shape)], axis=1).reshape(6, *latents.shape[1:])
+  inputs = jnp.asarray(pairs), jnp.asarray(timesteps.repeat(2))
+  run = jax.jit(lambda prompts: ours.apply({"params": params}, *inputs, prompts))
+  shared, repeated = run(prompt_embeds), run(prompt_embeds.repeat(2, axis=0))
+  # Sums in another order: of keys' projections, and of what a matrix product blocks otherwise.
+  assert max_difference(shared, repeated) < 1e-5
+  assert max_difference(shared, run(prompt_embeds[::-1].repeat(2, axis=0))) > 0.01
+
+
+@pytest.mark.parametrize(
+  ("height", "width", "strides"),
+  [(1, 1, 1), (2, 2, 1), (2, 7, 1), (6, 1, 1), (2, 2, 2), (1, 5, 2), (3, 3, 2)],
+)
+def test_convolution_of_images_below_the_kernel_equals_torch(height, width, strides):
+  x, kernel = random(1, 3, height, width, 5), random(2, 3, 3, 5, 4)
+  settings = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+  def run(x, kernel):
+    return layers.convolve(x, kernel, (strides, strides), ((1, 1), (1, 1)), **settings)
+
+  out, pull_back = jax.vjp(jax.jit(run), x, kernel)
+  weights_of_out = random(3, *out.shape)
+  judged = [torch.from_numpy(each).double().requires_grad_() for each in (x, kernel)]
+  image, weight = judged[0].permute(0, 3, 1, 2), judged[1].permute(3, 2, 0, 1)
+  answer = torch.nn.functional.conv2d(image, weight, stride=strides, padding=1)
+  answer = answer.permute(0, 2, 3, 1)
+  answer.backward(torch.from_numpy(weights_of_out).double())
+  expected = (answer.detach(), *(each.grad for each in judged))
+  for got, right in zip((out, *pull_back(jnp.asarray(weights_of_out))), expected, strict=True):
+    # Sums of at most 9 x 21 products of order one, in float32 here and float64 there.
+    np.testing.assert_allclose(got, right.numpy(), atol=2e-5)
+
+
 @pytest.mark.slow
 def test_unet_normalises_small_activations_as_diffusers_does():
   judge, ours, params = ported_unet(torch_models.UNET_SD1, shrink=SHRINK)

@@ -1,5 +1,7 @@
 """Layers that the UNet and the VAE share. NHWC; submodule names are diffusers'."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -72,4 +74,28 @@ class ResnetBlock2D(nn.Module):
 
 def conv3x3(features: int, dtype, *, name: str, strides: int = 1, padding: int = 1) -> nn.Conv:
   """A 3x3 convolution with PyTorch's symmetric padding."""
-  return nn.Conv(features, (3, 3), strides, ((padding, padding),) * 2, dtype=dtype, name=name)
+  pads = ((padding, padding),) * 2
+  return nn.Conv(
+    features, (3, 3), strides, pads, dtype=dtype, name=name, conv_general_dilated=convolve
+  )
+
+
+def convolve(
+  x: Float[Array, "b h w c"], kernel: Float[Array, "i j c f"], strides, padding, **settings
+) -> Float[Array, "b y x f"]:
+  """`jax.lax.conv_general_dilated`; as one matrix product where the image is below the kernel.
+
+  XLA's fast convolution on CPU does not take such images: 64 of 2 x 2 x 128 cost 7 ms where the
+  product costs 0.4 (2 cores), and their gradients 10.
+  """
+  if min(x.shape[1:3]) >= min(kernel.shape[:2]):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+  def starts(axis, size):
+    end = padded.shape[axis] - size + 1
+    return [slice(start, start + end, strides[axis - 1]) for start in range(size)]
+
+  places = itertools.product(starts(1, kernel.shape[0]), starts(2, kernel.shape[1]))
+  windows = jnp.concatenate([padded[:, rows, columns] for rows, columns in places], axis=-1)
+  return windows @ kernel.reshape(-1, kernel.shape[-1])

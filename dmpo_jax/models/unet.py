@@ -211,27 +211,32 @@ class How(NamedTuple):
 
 
 class Attention(nn.Module):
-  """Self-attention, or cross-attention when `context` is given."""
+  """Self-attention, or cross-attention when `context` is given.
+
+  A row of `context` may be that of several rows of `x` that lie side by side: their tokens then ask
+  its keys together.
+  """
 
   heads: int
   how: How
 
   @nn.compact
   def __call__(self, x, context=None):
-    context = x if context is None else context
     channels = x.shape[-1]
+    queries = x if context is None else x.reshape(context.shape[0], -1, channels)
+    context = x if context is None else context
 
     def project(name, inputs):
       return nn.Dense(channels, use_bias=False, dtype=self.how.dtype, name=name)(inputs)
 
     out = attention.attention(
-      project("to_q", x),
+      project("to_q", queries),
       project("to_k", context),
       project("to_v", context),
       self.heads,
       kernel=self.how.kernel,
     )
-    return nn.Dense(channels, dtype=self.how.dtype, name="to_out.0")(out)
+    return nn.Dense(channels, dtype=self.how.dtype, name="to_out.0")(out).reshape(x.shape)
 
 
 class FeedForward(nn.Module):
@@ -369,7 +374,8 @@ class UpBlock2D(nn.Module):
 class UNet2DConditionModel(nn.Module):
   """Predicts the noise (or v, or x0: what the scheduler's `prediction_type` says).
 
-  `added` is for models with `addition_embed_type` "text_time", and those need it.
+  `prompt_embeds` may have fewer rows than `latents`: each is then the prompt of B / prompts of them
+  side by side. `added` is for models with `addition_embed_type` "text_time", and those need it.
   `dtype` is the compute type; the output is float32 so that errors are formed in float32. For
   `kernel` see `How`. `remat` is the policy of `remat.checkpoint` under which it may be called.
   """
@@ -383,7 +389,7 @@ class UNet2DConditionModel(nn.Module):
     self,
     latents: Float[Array, "B h w c"],
     timesteps: Int[Array, " B"] | Float[Array, " B"],
-    prompt_embeds: Float[Array, "B L D"],
+    prompt_embeds: Float[Array, "prompts L D"],
     added: types.AddedConditions | None = None,
   ) -> Float[Array, "B h w out"]:
     with remat.marked(self.remat, (BasicTransformerBlock, Transformer2DModel)):
