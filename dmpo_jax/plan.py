@@ -474,10 +474,10 @@ def search(
     )
     try:
       plan = make_plan(changed, topology, effort=effort, cache=cache)
-    except DoesNotFit as error:
+    except (DoesNotFit, sharding.DoesNotDivide) as error:
       full.add(each)
       refusal = error
-      report(f"{each}: does not fit")
+      report(f"{each}: {error if isinstance(error, sharding.DoesNotDivide) else 'does not fit'}")
       continue
     report(f"{each}: {plan.pairs_per_second:.1f} pairs/s, {plan.total_memory / GIB:.1f} GiB")
     plans.append(plan)

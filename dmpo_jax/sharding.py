@@ -20,6 +20,19 @@ from dmpo_jax.models import shards
 AXES = ("data", shards.AXIS)
 # Elements; chosen here: below 256 KiB of float32 a gather's latency costs more than it saves.
 MIN_SHARDED_SIZE = 2**16
+# Name of a parameter, of whatever model -> its axes, from the end, of which one may be split over
+# "fsdp". Optimiser moments, averages and the reference carry the names of their parameters. Biases,
+# scales and all else of one axis are whole everywhere.
+PARTITION_RULES = {
+  "kernel": (-1, -2),  # output or input features; a convolution's window stays in one piece
+  "embedding": (-1, -2),  # width or words
+  "down": (-1, -2),  # of a low-rank delta: rank or input features
+  "up": (-1, -2),
+}
+
+
+class DoesNotDivide(ValueError):
+  """A parameter cannot be split over as many devices."""
 
 
 def make_mesh(
@@ -83,32 +96,75 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def fsdp_shardings(
-  tree: PyTree, mesh: Mesh, *, min_size: int = MIN_SHARDED_SIZE
+  tree: PyTree, mesh: Mesh | AbstractMesh, *, min_size: int = MIN_SHARDED_SIZE
 ) -> PyTree[NamedSharding]:
-  """A sharding for every leaf: its largest axis that "fsdp" divides, split over "fsdp".
+  """A sharding for every leaf, by `PARTITION_RULES`.
 
-  Depends on the leaf's shape alone, so Adam's moments lie where their parameters lie. Of axes of
-  one size the last is split: the output features of a linen kernel, which leaves the sums over
-  the input features on one device.
+  Of the axes that a rule names the largest is split that "fsdp" divides; of two of one size the
+  last: the output features of a linen kernel, which leaves the sums over the input features on one
+  device. Leaves of one axis or fewer than `min_size` elements are replicated.
 
   Args:
     tree: arrays or `jax.ShapeDtypeStruct`; a whole TrainState will do.
-    min_size: elements; smaller leaves, and those without such an axis, are replicated.
+    min_size: elements.
+
+  Raises:
+    DoesNotDivide: "fsdp" divides none of those axes of a leaf.
+    ValueError: a leaf has a name that no rule knows.
 
   >>> mesh = make_mesh(devices=jax.devices()[:1])
   >>> fsdp_shardings({"step": np.zeros(())}, mesh)["step"].spec
   P()
   """
-  return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh, min_size)), tree)
+  specs = _specs(tree, mesh.shape["fsdp"], min_size)
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def _spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh, min_size: int) -> PartitionSpec:
-  parts = mesh.shape["fsdp"]
-  fitting = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
-  if parts == 1 or math.prod(shape) < min_size or not fitting:
-    return PartitionSpec()
-  _, axis = max(fitting)
-  return PartitionSpec(*[None] * axis, "fsdp")
+def _specs(tree: PyTree, parts: int, min_size: int) -> PyTree[PartitionSpec]:
+  def spec(path, leaf):
+    if parts == 1 or len(leaf.shape) < 2 or math.prod(leaf.shape) < min_size:
+      return PartitionSpec()
+    sizes = _splittable(path, leaf)
+    fitting = [(size, axis) for axis, size in sizes.items() if size % parts == 0]
+    if not fitting:
+      raise DoesNotDivide(
+        f"fsdp: {parts} divides neither of the {' and '.join(map(str, sizes.values()))} features "
+        f"of {_name(path)} {list(leaf.shape)}; expected {_nearest(tree, parts, min_size)}"
+      )
+    return PartitionSpec(*[None] * max(fitting)[1], "fsdp")
+
+  return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def _splittable(path, leaf) -> dict[int, int]:
+  """Axis -> size, of those that a leaf's rule names."""
+  rule = PARTITION_RULES.get(_name(path).rpartition("/")[2])
+  if rule is None:
+    raise ValueError(
+      f"sharding: no rule for {_name(path)} {list(leaf.shape)}; expected a parameter that is "
+      f"called {', '.join(PARTITION_RULES)}, or one of a single axis"
+    )
+  return {len(leaf.shape) + axis: leaf.shape[axis] for axis in rule}
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _nearest(tree: PyTree, parts: int, min_size: int) -> str:
+  """The numbers of parts next to `parts` that all leaves can be split into."""
+  sizes = {
+    tuple(_splittable(path, leaf).values())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if len(leaf.shape) > 1 and math.prod(leaf.shape) >= min_size
+  }
+
+  def fits(number):
+    return all(any(size % number == 0 for size in each) for each in sizes)
+
+  below = max(filter(fits, range(1, parts)))  # 1 always does
+  above = next(filter(fits, range(parts + 1, 2 * max(map(max, sizes)))), None)
+  return f"{below}" + (f" or {above}" if above else "")
 
 
 def map_rows(
@@ -147,10 +203,7 @@ def _on_devices(function, params, frozen, rows, *, split, gradients):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return function(params, frozen, rows)
-  specs = [
-    jax.tree.map(lambda leaf: _spec(leaf.shape, mesh, MIN_SHARDED_SIZE), tree)
-    for tree in (params, frozen)
-  ]
+  specs = [_specs(tree, mesh.shape["fsdp"], MIN_SHARDED_SIZE) for tree in (params, frozen)]
   by_row = PartitionSpec(AXES) if split else PartitionSpec()
 
   def local(params, frozen, rows):

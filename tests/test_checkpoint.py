@@ -147,7 +147,7 @@ def test_fingerprint_of_long_arrays_does_not_depend_on_chunks(size, monkeypatch)
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (1, 8)])
 def test_fingerprint_does_not_depend_on_the_mesh(data, fsdp):
-  params = {"k": np.random.default_rng(0).standard_normal((3, 16, 8), np.float32)}
+  params = {"kernel": np.random.default_rng(0).standard_normal((3, 16, 8), np.float32)}
   places = sharding.fsdp_shardings(params, sharding.make_mesh(data, fsdp), min_size=1)
   placed = sharding.put_tree(params, places)
   assert checkpoint.fingerprint(placed) == checkpoint.fingerprint(params)

@@ -134,18 +134,18 @@ def test_gradients_go_back_to_where_parameters_lie(data, fsdp):
 @pytest.mark.parametrize("split", [True, False])
 def test_rows_are_worked_on_where_they_lie_or_everywhere(split):
   mesh = sharding.make_mesh(1, 4, jax.devices()[:4])
-  kernel = np.ones((512, 256), np.float32)
+  kernel = {"kernel": np.ones((512, 256), np.float32)}
   place = sharding.fsdp_shardings(kernel, mesh)
   rows = np.arange(8 * 512, dtype=np.float32).reshape(8, 512) / 4096
 
   def product(params, frozen, rows):
     assert rows.shape[0] == (2 if split else 8)
-    return rows @ shards.gathered(params)
+    return rows @ shards.gathered(params)["kernel"]
 
   with jax.set_mesh(mesh):
     function = jax.jit(functools.partial(sharding.map_rows, product, split=split))
     got = function(sharding.put_tree(kernel, place), None, rows)
-  np.testing.assert_allclose(got, rows @ kernel, rtol=1e-5)
+  np.testing.assert_allclose(got, rows @ kernel["kernel"], rtol=1e-5)
 
 
 def test_without_a_mesh_parameters_are_as_they_were():

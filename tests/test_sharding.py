@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from dmpo_jax import base as base_lib
 from dmpo_jax import optimizer, safetensors_io, sharding, train_step
 from dmpo_jax.models import init, unet
 
@@ -33,9 +34,10 @@ def chain():
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3), optimizer.params_ema(0.9))
 
 
-def spec(shape, *, fsdp=2, min_size=1):
+def spec(shape, name="kernel", *, fsdp=2, min_size=1):
   mesh = sharding.make_mesh(fsdp=fsdp)
-  return sharding.fsdp_shardings(np.zeros(shape), mesh, min_size=min_size).spec
+  tree = {"unet": {name: jax.ShapeDtypeStruct(shape, np.float32)}}
+  return sharding.fsdp_shardings(tree, mesh, min_size=min_size)["unet"][name].spec
 
 
 @pytest.mark.parametrize(
@@ -73,12 +75,51 @@ def test_mesh_that_does_not_match_the_devices_is_refused():
     pytest.param((3, 3, 8, 4), (None, None, "fsdp"), id="largest-not-last"),
     pytest.param((6, 6), (None, "fsdp"), id="tie-takes-last"),
     pytest.param((9, 4), (None, "fsdp"), id="largest-indivisible"),
-    pytest.param((3, 5), (), id="indivisible"),
+    pytest.param((8, 8, 3, 4), (None, None, None, "fsdp"), id="never-the-window"),
+    pytest.param((8,), (), id="one-axis"),
     pytest.param((), (), id="scalar"),
   ],
 )
-def test_largest_divisible_axis_is_split(shape, expected):
+def test_largest_divisible_feature_axis_is_split(shape, expected):
   assert spec(shape) == PartitionSpec(*expected)
+
+
+def test_parameters_that_cannot_be_split_are_named_with_the_nearest_number_that_can():
+  message = r"fsdp: 8 divides neither of the 12 and 20 features of unet/kernel \[3, 3, 20, 12\]"
+  with pytest.raises(sharding.DoesNotDivide, match=message + "; expected 6 or 10$"):
+    spec((3, 3, 20, 12), fsdp=8)
+  with pytest.raises(sharding.DoesNotDivide, match=r"unet/kernel \[3, 5\]; expected 1 or 3$"):
+    spec((3, 5), fsdp=2)
+  assert spec((3, 5), fsdp=2, min_size=16) == PartitionSpec()
+
+
+def test_the_nearest_number_suits_all_parameters():
+  tree = {"one": {"kernel": np.zeros((7, 12))}, "other": {"kernel": np.zeros((4, 6))}}
+  with pytest.raises(sharding.DoesNotDivide, match=r"one/kernel \[7, 12\]; expected 6$"):
+    sharding.fsdp_shardings(tree, sharding.make_mesh(fsdp=8), min_size=1)
+
+
+def test_a_parameter_without_a_rule_is_named():
+  with pytest.raises(ValueError, match=r"no rule for unet/gate \[8, 8\]; .* called kernel, embed"):
+    spec((8, 8), "gate")
+  assert spec((8,), "gate") == spec((8, 8), "gate", min_size=65) == PartitionSpec()
+
+
+@pytest.mark.parametrize("name", list(base_lib.PUBLISHED)[::2])  # SD 1.5 and SDXL
+def test_rules_cover_published_models_and_their_optimisers(name):
+  base = base_lib.load_architecture(name, compute="bfloat16", kernel="tpu", remat="blocks")
+  for make in (optax.adamw, optax.adafactor):
+    optim = make(1e-5)
+    state = jax.eval_shape(lambda p, optim=optim: train_step.init_state(p, optim), base.shapes)
+    for parts in (8, 16):
+      mesh = jax.sharding.AbstractMesh((1, parts), sharding.AXES)
+      places = jax.tree.leaves(sharding.fsdp_shardings(state, mesh))
+      sizes = [leaf.size for leaf in jax.tree.leaves(state)]
+      held = sum(
+        size // (parts if place.spec else 1) for size, place in zip(sizes, places, strict=True)
+      )
+      # What is left whole is small: less than a hundredth of the state.
+      assert held - sum(sizes) / parts < 0.01 * sum(sizes)
 
 
 def test_small_leaves_and_one_part_are_replicated():
