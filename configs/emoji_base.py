@@ -103,6 +103,8 @@ def _run(method, *, steps, batch_size, rate, kl_weight=None, ema=0.0, power=1.0)
       order=None,
       kl_weight=kl_weight,
       labels=None,
+      inversion=None,
+      inversion_steps=None,
     ),
     data=dict(
       dataset="emoji_choice/top160",

@@ -33,6 +33,8 @@ def get_config():
   config.objective.divergence = config_dict.placeholder(str)  # fpo
   config.objective.order = config_dict.placeholder(float)  # fpo with divergence "alpha"
   config.objective.kl_weight = config_dict.placeholder(float)  # autoencoder
+  config.objective.inversion = config_dict.placeholder(str)  # inpo: exact, or published
+  config.objective.inversion_steps = config_dict.placeholder(int)  # inpo
 
   config.data = ml_collections.ConfigDict()
   config.data.dataset = "emoji_choice/top160"

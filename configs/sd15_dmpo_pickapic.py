@@ -40,6 +40,8 @@ def get_config():
   config.objective.divergence = config_dict.placeholder(str)
   config.objective.order = config_dict.placeholder(float)
   config.objective.kl_weight = config_dict.placeholder(float)
+  config.objective.inversion = config_dict.placeholder(str)  # inpo: exact, or published
+  config.objective.inversion_steps = config_dict.placeholder(int)  # inpo
 
   config.data = ml_collections.ConfigDict()
   config.data.dataset = "pickapic_v2"

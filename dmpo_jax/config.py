@@ -18,9 +18,11 @@ METHODS = {  # method -> the objective's fields that it reads
   "dpo": ("beta", "label_smoothing", "labels"),
   "fpo": ("beta", "alpha", "divergence", "order", "labels"),
   "ipo": ("beta",),
+  "inpo": ("beta", "inversion", "inversion_steps"),
   "denoise": (),
   "autoencoder": ("kl_weight",),
 }
+OWN_LATENTS = ("inpo",)  # methods that make latents of their own as they train
 OPTIONAL = ("order",)  # may be None even where the method reads them; its loss checks them
 REMAT = ("full", "blocks", "layers")
 DTYPES = ("float32", "bfloat16")
@@ -33,6 +35,8 @@ class ObjectiveConfig:
   Attributes:
     labels: hard, every pair's label as sure as alpha (or label_smoothing) allows; or soft, no surer
       than the data's p_choice.
+    inversion, inversion_steps: how clean latents are inverted, exact or published, and in how many
+      steps; see `inversion.make_inversion`.
   """
 
   method: str
@@ -43,6 +47,8 @@ class ObjectiveConfig:
   order: float | None
   kl_weight: float | None
   labels: str | None
+  inversion: str | None
+  inversion_steps: int | None
 
   def __post_init__(self):
     _check_choice("objective.method", self.method, METHODS)
@@ -66,6 +72,10 @@ class ObjectiveConfig:
       _check_positive("objective.beta", self.beta)
     if self.kl_weight is not None:
       _check_positive("objective.kl_weight", self.kl_weight)
+    if self.inversion is not None:
+      _check_choice("objective.inversion", self.inversion, ("exact", "published"))
+    if self.inversion_steps is not None:
+      _check_positive("objective.inversion_steps", self.inversion_steps)
 
   @property
   def needs_reference(self) -> bool:
@@ -288,6 +298,11 @@ class Config:
     _check_choice("remat", self.remat, REMAT)
     if self.seed < 0:
       raise ValueError(f"seed: expected >= 0, got {self.seed}")
+    if self.data.reference_draws and self.objective.method in OWN_LATENTS:
+      raise ValueError(
+        f"data.reference_draws: method {self.objective.method!r} makes latents as it trains, of "
+        f"which no errors can be known beforehand; expected 0, got {self.data.reference_draws}"
+      )
     if self.optim.warmup_steps >= self.steps:
       raise ValueError(
         f"optim.warmup_steps: expected fewer than steps={self.steps}, got {self.optim.warmup_steps}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from dmpo_jax import diffusion, lora, losses, train_step, types
 from dmpo_jax.models import remat, shards, vae
@@ -19,6 +19,8 @@ from dmpo_jax.models import remat, shards, vae
 DEAD_ZONE = 0.05  # a pair is in the dead zone when |dL/du| is below this share of its peak
 
 PreferenceLoss = Callable[..., tuple[Float[Array, " B"], losses.LossParts]]
+# (params, latents, timesteps, conditions, key data) -> the noise in each latent; see `inversion`.
+Invert = Callable[..., Float[Array, "B h w c"]]
 
 
 class Frozen(NamedTuple):
@@ -92,13 +94,14 @@ def squared_errors(
 
 class PairExamples(NamedTuple):
   latents: Float[Array, "B 2 h w c"]  # winner, loser
-  noising: diffusion.Noising
+  noising: diffusion.Noising  # noise [B, h, w, c], shared, or [B, 2, h, w, c]
   input_ids: Int[Array, "B *E L"]
   p_choice: Float[Array, " B"] | None
   time_ids: Float[Array, "B 6"] | None
   image_latents: Float[Array, "B h w c"] | None
   stored: types.Conditions | None  # the prompt's embeddings, where they were made beforehand
   reference_errors: Float[Array, "B 2"] | None  # likewise
+  inversion_keys: UInt32[Array, "B 2 k"] | None = None  # key data for each latent
 
 
 def conditions_of(denoiser: Denoiser, frozen: Frozen, examples: PairExamples) -> types.Conditions:
@@ -116,19 +119,46 @@ def pair_errors(
   examples: PairExamples,
   conditions: types.Conditions,
 ) -> Float[Array, "B 2"]:
-  """Errors of winner and loser, which share timestep and noise (Diffusion-DPO's code)."""
+  """Errors of winner and loser, which share timestep and noise (Diffusion-DPO's code); the noise
+  unless it is given for each."""
   # Nothing is kept for the backward pass but what stands behind barriers: it would change the
   # fusions, and so the rounding, of the policy's forward pass. As it is, policy and reference
   # compute the same, and equal parameters give a margin of exactly zero.
   forward = remat.checkpoint(functools.partial(squared_errors, denoiser), denoiser.remat)
-  # Not the prompt's embeddings: the UNet projects them once for both.
-  timesteps, noise, both = jax.tree.map(
-    lambda x: x.repeat(2, axis=0), (*examples.noising, conditions._replace(prompt_embeds=None))
-  )
-  both = both._replace(prompt_embeds=conditions.prompt_embeds)
-  latents = examples.latents.reshape(-1, *examples.latents.shape[2:])
+  latents, timesteps, both = _images_of(examples, conditions)
+  noise = examples.noising.noise
+  shared = noise.ndim < examples.latents.ndim
+  noise = noise.repeat(2, axis=0) if shared else noise.reshape(latents.shape)
   kernels = cast_kernels(unet_params, denoiser.dtype)
   return forward(kernels, latents, noise, timesteps, both).reshape(-1, 2)
+
+
+def _images_of(examples: PairExamples, conditions: types.Conditions) -> tuple:
+  """(latents, timesteps, conditions) of winners and losers by turns: a pair stays together."""
+  latents = examples.latents.reshape(-1, *examples.latents.shape[2:])
+  # Not the prompt's embeddings: the UNet projects them once for both.
+  timesteps, both = jax.tree.map(
+    lambda x: x.repeat(2, axis=0),
+    (examples.noising.timesteps, conditions._replace(prompt_embeds=None)),
+  )
+  return latents, timesteps, both._replace(prompt_embeds=conditions.prompt_embeds)
+
+
+def inverted(
+  denoiser: Denoiser,
+  invert: Invert,
+  unet_params: train_step.Params,
+  examples: PairExamples,
+  conditions: types.Conditions,
+) -> PairExamples:
+  """The pairs with the noise that the policy's inversion finds in each latent (InPO)."""
+  latents, timesteps, both = _images_of(examples, conditions)
+  kernels = cast_kernels(jax.lax.stop_gradient(unet_params), denoiser.dtype)
+  keys = examples.inversion_keys.reshape(len(latents), -1)
+  noise = invert(kernels, latents, timesteps, both, keys)
+  # Behind a barrier: policy and reference must find the same bits in it.
+  noise = jax.lax.optimization_barrier(noise.reshape(examples.latents.shape))
+  return examples._replace(noising=examples.noising._replace(noise=noise))
 
 
 def preference_objective(
@@ -139,6 +169,7 @@ def preference_objective(
   timestep_power: float = 1.0,
   soft_labels: bool = False,
   draw_seed: int = 0,
+  invert: Invert | None = None,
 ) -> train_step.Objective:
   """A loss on pairs against a frozen reference: policy parameters are trained, nothing else.
 
@@ -155,11 +186,18 @@ def preference_objective(
     timestep_power: see `diffusion.sample_noising`.
     soft_labels: whether `loss_fn` is given each pair's `p_choice` besides.
     draw_seed: of batches whose draws are settled (`types.PreferenceBatch.draw`).
+    invert: finds the noise in the latents with the policy, in place of the drawn noise (InPO). As
+      it needs parameters it runs in the loss, without gradient, once for policy and reference.
   """
 
   def draw(batch: types.PreferenceBatch, key) -> PairExamples:
     # Winner beside loser on axis 1: a pair stays on its device (concatenation would move it).
     moments = jnp.stack([batch.moments_w, batch.moments_l], axis=1)
+
+    keys = None
+    if invert is not None:
+      key, key_inversion = jax.random.split(key)
+      keys = jax.random.key_data(jax.random.split(key_inversion, moments.shape[:2]))
 
     def draw_rows(key, moments):
       key_noising, key_latents = jax.random.split(key)
@@ -170,8 +208,8 @@ def preference_objective(
     if batch.draw is None:
       latents, noising = draw_rows(key, moments)
     else:  # the same wherever and whenever the pair comes up
-      keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(draw_seed), batch.draw)
-      drawn = jax.vmap(draw_rows)(keys, moments[:, None])
+      settled = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(draw_seed), batch.draw)
+      drawn = jax.vmap(draw_rows)(settled, moments[:, None])
       latents, noising = jax.tree.map(lambda x: x[:, 0], drawn)
     image_latents = None
     if batch.source_moments is not None:
@@ -185,6 +223,7 @@ def preference_objective(
       image_latents,
       _stored_conditions(batch),
       batch.reference_errors,
+      keys,
     )
 
   def loss(params, frozen: Frozen, examples: PairExamples):
@@ -194,6 +233,8 @@ def preference_objective(
       policy = lora.Adapted(frozen.reference, frozen.adapter._replace(delta=params))
       reference = lora.Adapted(frozen.reference, frozen.adapter)
 
+    if invert is not None:
+      examples = inverted(denoiser, invert, policy, examples, conditions)
     err = pair_errors(denoiser, policy, examples, conditions)
     ref_err = examples.reference_errors
     if ref_err is None:

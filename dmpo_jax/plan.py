@@ -280,9 +280,11 @@ def minimum_flops(config: config_lib.Config, base: base_lib.Base) -> float:
 
   Policy forward, twice that backward, reference forward, for two images. A low-rank delta needs no
   gradient by the weights, a third of the policy's part (its own products are left out), and errors
-  that are stored (`data.reference_draws`) need no reference.
+  that are stored (`data.reference_draws`) need no reference. InPO inverts both images first, in as
+  many forward passes each as `objective.inversion_steps`.
   """
   forwards = FORWARDS - 2 * (config.lora.rank > 0) - 2 * (config.data.reference_draws > 0)
+  forwards += 2 * (config.objective.inversion_steps or 0)
   return forwards * forward_flops(base)
 
 
@@ -300,9 +302,15 @@ def make_plan(
     cache: folder with figures of earlier plans; the key is the program itself.
 
   Raises:
-    ValueError: the batch or the mesh does not divide, or there is no compiler.
+    ValueError: the batch or the mesh does not divide, there is no compiler, or the step inverts.
     DoesNotFit: the program needs more memory than a chip has.
   """
+  if config.objective.inversion_steps is not None:
+    raise ValueError(
+      f"plan: expected another method than {config.objective.method!r}, which inverts in a loop: "
+      "the compiler counts one pass of it; plan dpo, whose step is the same but for "
+      f"{2 * config.objective.inversion_steps} more forward passes beside its {FORWARDS}"
+    )
   devices = find_devices(topology)
   mesh = sharding.make_mesh(fsdp=config.fsdp, devices=devices)
   sharding.check_batch(config.batch_size, config.accumulation, mesh)

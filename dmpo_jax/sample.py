@@ -231,10 +231,14 @@ def split_prediction(
   prediction_type: str,
   prediction: Float[Array, "B h w c"],
   latents: Float[Array, "B h w c"],
-  signal: Float[Array, ""],
-  sigma: Float[Array, ""],
+  signal: Float[Array, "..."],
+  sigma: Float[Array, "..."],
 ) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
-  """The network's output as (x_0, eps), where latents = signal x_0 + sigma eps."""
+  """The network's output as (x_0, eps), where latents = signal x_0 + sigma eps.
+
+  Args:
+    signal, sigma: of all latents, or [B, 1, 1, 1].
+  """
   if prediction_type == "epsilon":
     return (latents - sigma * prediction) / signal, prediction
   if prediction_type == "sample":

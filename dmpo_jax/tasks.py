@@ -13,7 +13,7 @@ import numpy as np
 
 from dmpo_jax import base as base_lib
 from dmpo_jax import config as config_lib
-from dmpo_jax import lora, losses, objectives, train_step
+from dmpo_jax import inversion, lora, losses, objectives, train_step
 from dmpo_jax.data import encode, pipeline
 from dmpo_jax.data.emoji_choice import captions
 
@@ -59,6 +59,8 @@ def bind_loss(config: config_lib.ObjectiveConfig) -> objectives.PreferenceLoss:
       a=config.order,
     ),
     "ipo": lambda: functools.partial(losses.ipo_loss, beta=config.beta),
+    # The latents are its own, the loss is Diffusion-DPO's (its published code).
+    "inpo": lambda: functools.partial(losses.dpo_loss, beta=config.beta, label_smoothing=0.0),
   }
   if config.method not in makers:
     raise ValueError(
@@ -97,15 +99,23 @@ def initial_adapter(config: config_lib.LoraConfig, shapes: Any, seed: int) -> lo
 
 
 def make_objective(config: config_lib.Config, base: base_lib.Base) -> train_step.Objective:
-  """Preference optimisation as the configuration says; the base's weights are not asked for."""
-  loss_fn = bind_loss(config.objective)
+  """Preference optimisation as the configuration says; the base's weights are not asked for.
+
+  Raises:
+    ValueError: as `bind_loss`, or as `inversion.make_inversion`.
+  """
+  loss_fn, denoiser, invert = bind_loss(config.objective), base.denoiser(), None
+  if config.objective.inversion is not None:
+    kind, steps = config.objective.inversion, config.objective.inversion_steps
+    invert = inversion.make_inversion(denoiser, base.schedule, kind=kind, steps=steps)
   return objectives.preference_objective(
-    base.denoiser(),
+    denoiser,
     loss_fn,
     peak_weight=losses.peak_gradient_weight(loss_fn),
     timestep_power=config.data.timestep_power,
     soft_labels=config.objective.labels == "soft",
     draw_seed=config.seed,
+    invert=invert,
   )
 
 

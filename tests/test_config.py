@@ -52,6 +52,7 @@ def groups(value):
 # File -> the groups in it that are runs; "" is the file itself.
 SHIPPED = {
   "emoji_dmpo": ("",),
+  "emoji_inpo": ("",),
   "emoji_base": ("autoencoder", "denoise", "condition"),
   "sd15_dmpo_pickapic": ("",),
   "sd15_dpo_pickapic": ("",),
@@ -89,7 +90,9 @@ def test_every_shipped_run_is_covered():
 
 def test_shipped_files_are_what_their_docstrings_say():
   read = {
-    part: config.from_dict(shipped(name, part)) for name, part in RUNS if name.startswith("emoji")
+    part: config.from_dict(shipped(name, part))
+    for name, part in RUNS
+    if name in ("emoji_dmpo", "emoji_base")
   }
   assert (read[""].base, read[""].objective.method) == ("emoji", "dmpo")
   assert read[""].objective.needs_reference
@@ -173,6 +176,10 @@ def test_every_method_can_be_chosen_on_the_command_line():
     "dpo": [clear, "--config.objective.label_smoothing=0.1"],
     "fpo": ["--config.objective.divergence=alpha", "--config.objective.order=0.5"],
     "ipo": [clear, hard],
+    "inpo": [
+      *(clear, hard, "--config.objective.inversion=published"),
+      "--config.objective.inversion_steps=10",
+    ],
     "denoise": [clear, hard, beta],
     "autoencoder": [clear, hard, beta, "--config.objective.kl_weight=1e-3"],
   }
@@ -278,7 +285,7 @@ NAN, INF = float("nan"), float("inf")
     ("objective.beta", 0.0, "> 0 and finite, got 0.0"),
     ("objective.beta", NAN, "> 0 and finite, got nan"),
     ("objective.beta", INF, "> 0 and finite, got inf"),
-    ("objective.method", "kto", "one of dmpo, dpo, fpo, ipo, denoise, autoencoder, got 'kto'"),
+    ("objective.method", "ppo", f"one of {', '.join(config.METHODS)}, got 'ppo'"),
     ("data.caption_dropout", 1.0, "[0, 1), got 1.0"),
     ("data.caption_dropout", -0.1, "[0, 1), got -0.1"),
     ("data.caption_dropout", NAN, "[0, 1), got nan"),
@@ -359,6 +366,8 @@ VALUES = {
   "order": 0.5,
   "kl_weight": 1e-3,
   "labels": "soft",
+  "inversion": "exact",
+  "inversion_steps": 10,
 }
 
 
@@ -375,7 +384,7 @@ def test_a_method_takes_exactly_the_fields_that_it_reads(demo, method):
   assert read.objective == config.ObjectiveConfig(
     method=method, **{**dict.fromkeys(VALUES), **needed}
   )
-  assert read.objective.needs_reference == (method in ("dmpo", "dpo", "fpo", "ipo"))
+  assert read.objective.needs_reference == ("beta" in config.METHODS[method])
   for name in set(VALUES) - set(needed):
     raw = with_objective(demo, method=method, **needed, **{name: VALUES[name]})
     assert refusal(config.from_dict, raw) == (
@@ -402,4 +411,24 @@ def test_labels_are_hard_or_soft(demo):
   raw = with_objective(demo, method="dmpo", beta=100.0, alpha=0.01, labels="certain")
   assert refusal(config.from_dict, raw) == (
     "objective.labels: expected one of hard, soft, got 'certain'"
+  )
+
+
+@pytest.mark.parametrize(
+  "field, value, text",
+  [
+    ("inversion", "fast", "objective.inversion: expected one of exact, published, got 'fast'"),
+    ("inversion_steps", 0, "objective.inversion_steps: expected > 0 and finite, got 0"),
+  ],
+)
+def test_settings_of_the_inversion_are_checked(demo, field, value, text):
+  fields = {"beta": 100.0, "inversion": "exact", "inversion_steps": 10} | {field: value}
+  assert refusal(config.from_dict, with_objective(demo, method="inpo", **fields)) == text
+
+
+def test_errors_of_latents_that_training_makes_cannot_be_known_beforehand(demo):
+  fields = dict(beta=100.0, inversion="exact", inversion_steps=10)
+  raw = replaced(with_objective(demo, method="inpo", **fields), "data.reference_draws", 4)
+  assert refusal(config.from_dict, raw).startswith(
+    "data.reference_draws: method 'inpo' makes latents as it trains"
   )

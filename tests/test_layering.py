@@ -14,13 +14,14 @@ LEVELS = {
   + ["json_files", "paths"],
   3: ["train_step", "objectives", "sample", "base", "checkpoint", "logs", "report", "figures"]
   + ["program", "hlo", "alarms", "watch", "report_page", "report_table", "report_style"]
-  + ["doctor_picture", "doctor_data", "doctor_page"],
+  + ["doctor_picture", "doctor_data", "doctor_page", "inversion"],
   4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
   + ["check_export", "doctor", "doctor_run", "plan", "reference_cache", "profiling"],
   5: ["cli"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
-PURE = [*LEVELS[0], *LEVELS[1], "train_step", "objectives", "sample", "sharding", "optimizer"]
+PURE = [*LEVELS[0], *LEVELS[1], "train_step", "objectives", "sample", "inversion"]
+PURE += ["sharding", "optimizer"]
 IMPURE = {"tensorflow", "tensorflow_datasets", "torch", "orbax", "absl", "ml_collections"}
 # `dmpo export --check`, the one place that asks the judge; behind the extra "diffusers".
 JUDGES = {"check_export": {"torch", "diffusers"}}

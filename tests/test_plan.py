@@ -38,6 +38,14 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 }
 """
 
+INPO = {
+  "objective.method": "inpo",
+  "objective.alpha": None,
+  "objective.labels": None,
+  "objective.inversion": "exact",
+  "objective.inversion_steps": 10,
+}
+
 
 def test_collectives_are_counted_as_often_as_they_run():
   expected = {
@@ -107,6 +115,13 @@ def test_a_low_rank_delta_needs_fewer_flops():
   assert plan.minimum_flops(lora, base) == 0.75 * plan.minimum_flops(full, base)
   stored = tiny.config("emoji", **{"data.reference_draws": 2})
   assert plan.minimum_flops(stored, base) == 0.75 * plan.minimum_flops(full, base)
+  inpo = tiny.config("emoji", **INPO)  # both images are inverted in 10 forward passes each
+  assert plan.minimum_flops(inpo, base) == 28 / 8 * plan.minimum_flops(full, base)
+
+
+def test_a_step_with_a_loop_that_the_compiler_does_not_count_is_refused():
+  with pytest.raises(ValueError, match="another method than 'inpo'.* 20 more forward passes"):
+    plan.make_plan(tiny.config("emoji", **INPO), plan.read_topology("v5e:2x2"))
 
 
 def test_stored_errors_stand_in_the_batch_for_the_reference():
