@@ -105,6 +105,8 @@ def _run(method, *, steps, batch_size, rate, kl_weight=None, ema=0.0, power=1.0)
       labels=None,
       inversion=None,
       inversion_steps=None,
+      reference_every=None,
+      reference_keep=None,
     ),
     data=dict(
       dataset="emoji_choice/top160",

@@ -35,6 +35,8 @@ def get_config():
   config.objective.kl_weight = config_dict.placeholder(float)  # autoencoder
   config.objective.inversion = config_dict.placeholder(str)  # inpo: exact, or published
   config.objective.inversion_steps = config_dict.placeholder(int)  # inpo
+  config.objective.reference_every = config_dict.placeholder(int)  # seppo: updates a checkpoint
+  config.objective.reference_keep = config_dict.placeholder(int)  # seppo: the reference is one of
 
   config.data = ml_collections.ConfigDict()
   config.data.dataset = "emoji_choice/top160"

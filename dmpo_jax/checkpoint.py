@@ -61,7 +61,7 @@ def fingerprint(params: PyTree) -> dict[str, str]:
   >>> fingerprint({"bias": np.zeros(2, np.float32)})
   {'bias': 'float32[2]:17fb89ee9dcab42a'}
   """
-  leaves = _flatten(params)
+  leaves = flatten(params)
   sums = np.array([_owned_sum(leaf) for leaf in leaves.values()], np.uint64)
   if jax.process_count() > 1:
     # As 32-bit halves: jax would cut 64-bit words.
@@ -73,7 +73,12 @@ def fingerprint(params: PyTree) -> dict[str, str]:
   }
 
 
-def _flatten(tree: PyTree) -> dict[str, Any]:
+def flatten(tree: PyTree) -> dict[str, Any]:
+  """Leaves by their path, joined with dots.
+
+  Raises:
+    ValueError: two paths are the same once joined.
+  """
   leaves = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -372,6 +377,12 @@ def read_metadata(folder: str | os.PathLike, step: int | None = None) -> dict[st
   return _read_metadata(_find(folder, step))
 
 
+def saved_steps(folder: str | os.PathLike) -> list[int]:
+  """The steps of which a complete checkpoint is saved, in order; of no folder, none."""
+  path = epath.Path(folder).resolve()
+  return sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
+
+
 def best_step(folder: str | os.PathLike, metric: str) -> int | None:
   """The saved step with the highest `metric` (the later of equals); None if none has it.
 
@@ -464,7 +475,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _check_layouts(saved: Mapping[str, str], target: PyTree, where: str) -> None:
-  wanted = {path: _layout(leaf) for path, leaf in _flatten(target).items()}
+  wanted = {path: _layout(leaf) for path, leaf in flatten(target).items()}
   for path in {**wanted, **saved}:
     got = saved[path].split(":")[0] if path in saved else "nothing"
     expected = wanted.get(path, "nothing")

@@ -19,10 +19,11 @@ METHODS = {  # method -> the objective's fields that it reads
   "fpo": ("beta", "alpha", "divergence", "order", "labels"),
   "ipo": ("beta",),
   "inpo": ("beta", "inversion", "inversion_steps"),
+  "seppo": ("beta", "reference_every", "reference_keep"),
   "denoise": (),
   "autoencoder": ("kl_weight",),
 }
-OWN_LATENTS = ("inpo",)  # methods that make latents of their own as they train
+OWN_LATENTS = ("inpo", "seppo")  # methods that make latents of their own as they train
 OPTIONAL = ("order",)  # may be None even where the method reads them; its loss checks them
 REMAT = ("full", "blocks", "layers")
 DTYPES = ("float32", "bfloat16")
@@ -37,6 +38,8 @@ class ObjectiveConfig:
       than the data's p_choice.
     inversion, inversion_steps: how clean latents are inverted, exact or published, and in how many
       steps; see `inversion.make_inversion`.
+    reference_every, reference_keep: updates from one stored checkpoint to the next, and of how many
+      of the last the reference is drawn; see `rounds`.
   """
 
   method: str
@@ -49,6 +52,8 @@ class ObjectiveConfig:
   labels: str | None
   inversion: str | None
   inversion_steps: int | None
+  reference_every: int | None
+  reference_keep: int | None
 
   def __post_init__(self):
     _check_choice("objective.method", self.method, METHODS)
@@ -74,8 +79,9 @@ class ObjectiveConfig:
       _check_positive("objective.kl_weight", self.kl_weight)
     if self.inversion is not None:
       _check_choice("objective.inversion", self.inversion, ("exact", "published"))
-    if self.inversion_steps is not None:
-      _check_positive("objective.inversion_steps", self.inversion_steps)
+    for name in ("inversion_steps", "reference_every", "reference_keep"):
+      if getattr(self, name) is not None:
+        _check_positive(f"objective.{name}", getattr(self, name))
 
   @property
   def needs_reference(self) -> bool:

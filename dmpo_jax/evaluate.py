@@ -4,13 +4,13 @@ import functools
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, UInt32
+from jaxtyping import Bool, Float, PyTree, UInt32
 
 from dmpo_jax import base as base_lib
 from dmpo_jax import config as config_lib
@@ -78,6 +78,15 @@ def initial_noise(
   return np.stack([[draw(p, n) for n in range(images_per_prompt)] for p in prompts])
 
 
+def images_per_device(latent_shape: tuple[int, int, int]) -> int:
+  """How many images a device draws at once.
+
+  >>> [images_per_device((side, side, 4)) for side in (4, 64, 128)]
+  [64, 4, 1]
+  """
+  return max(1, min(BATCH_PER_DEVICE, POSITIONS_PER_DEVICE // math.prod(latent_shape[:2])))
+
+
 def make_sampler(
   base: base_lib.Base, config: config_lib.SamplingConfig, *, negative_prompt: str | None = None
 ) -> Callable[..., Float[np.ndarray, "n H W 3"]]:
@@ -96,7 +105,7 @@ def make_sampler(
   denoiser, vae_params = base.denoiser(), base.params["vae"]
   negative_ids = base.tokenizer([negative_prompt or ""])
   zero = negative_prompt is None and base.zero_negative
-  largest = max(1, min(BATCH_PER_DEVICE, POSITIONS_PER_DEVICE // math.prod(base.latent_shape[:2])))
+  largest = images_per_device(base.latent_shape)
   rows = sharding.batch_sharding(mesh)
 
   @functools.partial(jax.jit, in_shardings=(None, None, None, rows), out_shardings=rows)
@@ -106,10 +115,7 @@ def make_sampler(
     conditions = jax.tree.map(lambda x: x[:-1], both)
     negative = jax.tree.map(lambda x: jnp.broadcast_to(x[-1:], (len(noise), *x.shape[1:])), both)
     if zero:
-      negative = negative._replace(
-        prompt_embeds=jnp.zeros_like(negative.prompt_embeds),
-        added=negative.added._replace(text_embeds=jnp.zeros_like(negative.added.text_embeds)),
-      )
+      negative = sample.without_prompt(negative)
     if sources is not None:
       image_latents, _ = vae.split_moments(base.encode(vae_params, sources))
       conditions = conditions._replace(image_latents=image_latents)
@@ -138,15 +144,25 @@ def make_sampler(
     size = mesh.size * min(largest, -(-count // mesh.size))
     images = []
     with logs.progress(count, 0, title) as bar:
-      for start in range(0, count, size):
-        part = jax.tree.map(lambda x, start=start: x[start : start + size], whole)
-        part = jax.tree.map(lambda x: np.resize(x, (size, *x.shape[1:])), part)  # repeats to fill
+      for part, own in cut_rows(whole, count, size):
         batch = sharding.put_batch(part, mesh)
-        images.append(np.asarray(generate(*params, batch))[: count - start])
-        bar.update(len(images[-1]))
+        images.append(np.asarray(generate(*params, batch))[:own])
+        bar.update(own)
     return np.concatenate(images)
 
   return run
+
+
+def cut_rows(rows: PyTree, count: int, size: int) -> Iterator[tuple[PyTree, int]]:
+  """Arrays [count, ...] in parts of `size` rows, with how many are its own: the last repeats some.
+
+  >>> [(part.tolist(), own) for part, own in cut_rows(np.arange(5), 5, 3)]
+  [([0, 1, 2], 3), ([3, 4, 3], 2)]
+  """
+  for start in range(0, count, size):
+    part = jax.tree.map(lambda x, start=start: x[start : start + size], rows)
+    filled = jax.tree.map(lambda x: np.resize(x, (size, *x.shape[1:])), part)
+    yield filled, min(size, count - start)
 
 
 def noise_keys(noise: Float[np.ndarray, "n h w c"]) -> UInt32[np.ndarray, "n 2"]:

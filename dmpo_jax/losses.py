@@ -2,7 +2,8 @@
 
 An error is the **mean** over H, W, C of the squared difference between a network's output and its
 target, in float32, one number per latent. Winner and loser of a pair share timestep and noise, and
-so do policy and reference. All losses here see the errors only through the margin
+so do policy and reference. All losses here see the errors only through the margin (SePPO's with the
+loser's part turned round where the winner is not yet passed)
 
     u = -kappa [(err_w - ref_err_w) - (err_l - ref_err_l)],    kappa = beta / 2
 
@@ -52,6 +53,7 @@ class LossParts(NamedTuple):
     loser_advantage: ref_err_l - err_l; positive = the policy denoises the loser better. A margin
       can grow while both advantages fall (likelihood displacement), so watch the two separately.
     gradient_weight: |dL/du|, the pair's say in the update.
+    flipper: SePPO only, +1 where the second image counts as the loser, -1 as another winner.
   """
 
   margin: Float[Array, " B"]
@@ -59,6 +61,7 @@ class LossParts(NamedTuple):
   winner_advantage: Float[Array, " B"]
   loser_advantage: Float[Array, " B"]
   gradient_weight: Float[Array, " B"]
+  flipper: Float[Array, " B"] | None = None
 
 
 def margin(
@@ -255,6 +258,57 @@ def ipo_loss(
   u = margin(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
   residual = u - _IPO_TARGET
   return residual**2, _collect_parts(u, 2.0 * residual, err_w, err_l, ref_err_w, ref_err_l)
+
+
+def seppo_loss(
+  err_w: Float[Array, " B"],
+  err_l: Float[Array, " B"],
+  ref_err_w: Float[Array, " B"],
+  ref_err_l: Float[Array, " B"],
+  *,
+  beta: float,
+) -> tuple[Float[Array, " B"], LossParts]:
+  """SePPO: the second image, drawn by the reference, is a loser or another winner.
+
+      s     = +1 where err_w <= ref_err_w, else -1
+      u     = beta / 2 [(ref_err_w - err_w) - s (ref_err_l - err_l)]
+      L     = -log sigmoid(u)
+      dL/du = -sigmoid(-u)
+
+  SePPO (arXiv 2410.05255), its anchor-based adaptive flipper s: where the policy denoises the
+  winner (the anchor) no worse than the reference, it has passed it, and what the reference drew is
+  pushed away as in Diffusion-DPO; where it is worse, what the reference drew may be better than
+  what the policy would, and is drawn near as the winner is. s is a constant to the gradient.
+
+  The paper has sign(ref_err_w - err_w) and says nothing of 0, which is exactly what every pair has
+  whenever the policy is the reference: at the first step, and in each round that draws the newest
+  checkpoint. Chosen here: +1. With 0 the second image would take no part in that update.
+
+  Args:
+    err_w, ref_err_w: on the winner, as in `margin`.
+    err_l, ref_err_l: on the image that the reference drew for the caption.
+    beta: as in `margin`.
+
+  Returns:
+    The loss in nats, log 2 at the reference; and its parts, with u as the margin.
+
+  Raises:
+    ValueError: as in `margin`.
+
+  With kappa = 1, both errors 1 below the reference's: the winner is passed, and the second image
+  counts against it. Both 1 above: it is not, and the second image counts as the winner does.
+
+  >>> import jax.numpy as jnp
+  >>> err, ref_err = jnp.array([1.0, 3.0]), jnp.array([2.0, 2.0])
+  >>> _, parts = seppo_loss(err, err, ref_err, ref_err, beta=2.0)
+  >>> print(parts.flipper, parts.margin)
+  [ 1. -1.] [ 0. -2.]
+  """
+  flipper = jax.lax.stop_gradient(jnp.where(err_w <= ref_err_w, 1.0, -1.0))
+  # The margin is linear in the loser's errors: with both flipped, so is their difference.
+  u = margin(err_w, flipper * err_l, ref_err_w, flipper * ref_err_l, beta=beta)
+  parts = _collect_parts(u, -jax.nn.sigmoid(-u), err_w, err_l, ref_err_w, ref_err_l)
+  return -jax.nn.log_sigmoid(u), parts._replace(flipper=flipper)
 
 
 def fpo_loss(

@@ -211,6 +211,8 @@ def preference_objective(
       settled = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(draw_seed), batch.draw)
       drawn = jax.vmap(draw_rows)(settled, moments[:, None])
       latents, noising = jax.tree.map(lambda x: x[:, 0], drawn)
+    if batch.latents_l is not None:
+      latents = jnp.stack([latents[:, 0], batch.latents_l.astype(jnp.float32)], axis=1)
     image_latents = None
     if batch.source_moments is not None:
       image_latents, _ = vae.split_moments(batch.source_moments)
@@ -242,7 +244,8 @@ def preference_objective(
     ref_err = jax.lax.stop_gradient(ref_err)
     labels = {"p_choice": examples.p_choice} if soft_labels else {}
     values, parts = loss_fn(err[:, 0], err[:, 1], ref_err[:, 0], ref_err[:, 1], **labels)
-    metrics = {name: value for name, value in parts._asdict().items() if name != "gradient_weight"}
+    metrics = {name: value for name, value in parts._asdict().items() if value is not None}
+    del metrics["gradient_weight"]
     metrics["dead_zone"] = (parts.gradient_weight < DEAD_ZONE * peak_weight).astype(jnp.float32)
     metrics["denoising_loss"] = err.mean(axis=1)
     return values, metrics

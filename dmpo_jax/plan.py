@@ -263,6 +263,7 @@ def abstract_batch(config: config_lib.Config, base: base_lib.Base) -> types.Pref
     array(jnp.float16, unet.text_embeds_dim) if config.data.prompt_embeds and several else None,
     array(jnp.int32) if config.data.reference_draws else None,
     array(jnp.float32, 2) if config.data.reference_draws else None,
+    None if config.objective.reference_every is None else array(jnp.float32, *base.latent_shape),
   )
 
 

@@ -262,6 +262,14 @@ def rescale_guided(
   return guided * (share * ratio + (1.0 - share))
 
 
+def without_prompt(negative: types.Conditions) -> types.Conditions:
+  """The negative conditions of a base whose empty prompt is zeros (`base.Base.zero_negative`)."""
+  return negative._replace(
+    prompt_embeds=jnp.zeros_like(negative.prompt_embeds),
+    added=negative.added._replace(text_embeds=jnp.zeros_like(negative.added.text_embeds)),
+  )
+
+
 Predict = Callable[[Array, Array], Array]  # (latents, timestep) -> the network's guided output
 
 

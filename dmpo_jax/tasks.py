@@ -14,6 +14,7 @@ import numpy as np
 from dmpo_jax import base as base_lib
 from dmpo_jax import config as config_lib
 from dmpo_jax import inversion, lora, losses, objectives, train_step
+from dmpo_jax import rounds as rounds_lib
 from dmpo_jax.data import encode, pipeline
 from dmpo_jax.data.emoji_choice import captions
 
@@ -29,6 +30,8 @@ class Task(NamedTuple):
   describe: step -> ids of the records in that step's batch, for error messages.
   validation: one numpy batch that is evaluated again and again, or None.
   flops: counts the FLOPs that one example cannot do without (seconds), or None.
+  rounds: gives `frozen` and `batches` anew every so many steps, or None: they hold to the end.
+  validation_objective: of the validation batch and `frozen`; None: `objective`.
   """
 
   params: train_step.Params
@@ -38,6 +41,8 @@ class Task(NamedTuple):
   describe: Callable[[int], Sequence[str]]
   validation: Any | None
   flops: Callable[[], float] | None = None
+  rounds: rounds_lib.Rounds | None = None
+  validation_objective: train_step.Objective | None = None
 
 
 def bind_loss(config: config_lib.ObjectiveConfig) -> objectives.PreferenceLoss:
@@ -59,7 +64,8 @@ def bind_loss(config: config_lib.ObjectiveConfig) -> objectives.PreferenceLoss:
       a=config.order,
     ),
     "ipo": lambda: functools.partial(losses.ipo_loss, beta=config.beta),
-    # The latents are its own, the loss is Diffusion-DPO's (its published code).
+    "seppo": lambda: functools.partial(losses.seppo_loss, beta=config.beta),
+    # The noise is its own, the loss is Diffusion-DPO's (its published code).
     "inpo": lambda: functools.partial(losses.dpo_loss, beta=config.beta, label_smoothing=0.0),
   }
   if config.method not in makers:
@@ -127,7 +133,7 @@ def preference_task(
   Raises:
     ValueError: the data have no source images and the base edits, or the other way round; they
       have stored embeddings and the configuration wants none, or the other way round; fewer pairs
-      than a batch; bad low-rank settings.
+      than a batch; bad low-rank settings; rounds with several processes.
   """
   objective = make_objective(config, base)
   source, seed = encoded.splits["train"], config.seed
@@ -167,7 +173,7 @@ def preference_task(
       workers=config.data.workers,
     )
 
-  return Task(
+  task = Task(
     params=params,
     frozen=objectives.Frozen(
       reference_params(unet_params, config.precision.reference)
@@ -182,6 +188,39 @@ def preference_task(
       source, seed=seed, batch_size=config.batch_size, step=step
     ),
     validation=pipeline.load_split(held_out, MAX_VALIDATION_PAIRS) if held_out else None,
+  )
+  if config.objective.reference_every is not None:
+    task = _in_rounds(config, base, encoded, task)
+  return task
+
+
+def _in_rounds(
+  config: config_lib.Config, base: base_lib.Base, encoded: encode.Encoded, task: Task
+) -> Task:
+  """The task of SePPO: the reference, and with it the second images, change from round to round.
+
+  Held-out pairs are judged as by Diffusion-DPO against the initial model: their losers are real.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"objective.method: {config.objective.method!r} expected one process, which stores "
+      f"checkpoints and what they draw in files that it reads back; got {jax.process_count()}"
+    )
+  hard = functools.partial(losses.dpo_loss, beta=config.objective.beta, label_smoothing=0.0)
+  judge = objectives.preference_objective(
+    base.denoiser(), hard, peak_weight=1.0, timestep_power=config.data.timestep_power
+  )
+  return task._replace(
+    rounds=rounds_lib.Rounds(
+      config,
+      base,
+      encoded.splits["train"],
+      encoded,
+      task.objective,
+      lambda params: reference_params(params, config.precision.reference),
+      task.batches,
+    ),
+    validation_objective=judge,
   )
 
 

@@ -1,8 +1,8 @@
 """The training loop: build, jit, restore, step, log, validate, save. The same for every task.
 
 A run is a folder: `run.json` (the configuration), `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
-`heartbeat.json` and, where a step did not finish, `stalls/`. The same command run again goes on
-from the last checkpoint.
+`heartbeat.json` and, where a step did not finish, `stalls/`; for SePPO `references/` besides, see
+`rounds`. The same command run again goes on from the last checkpoint.
 """
 
 import collections
@@ -136,17 +136,21 @@ def _train(
         log.write(0, validation)
       clock, clock_step = time.monotonic(), start
       bar.set_postfix_str("compiling the step")
-      batches = itertools.islice(task.batches(start), config.steps - start)
-      placed = sharding.place_ahead(batches, mesh)
+      reads, placed = frozen, None
       for step in range(start, config.steps):
         done = step + 1
+        if placed is None or (task.rounds is not None and step % task.rounds.every == 0):
+          if pending:
+            _check_finite(*pending[-1], task)
+          reads, batches = _begin(task, step, state.params, frozen, out, mesh, watcher)
+          placed = sharding.place_ahead(itertools.islice(batches, config.steps - step), mesh)
         with trace.step(done, before=state):
           with jax.profiler.TraceAnnotation("wait for the batch"):
             batch = next(placed, None)
           if batch is None:
             break
           with jax.set_mesh(mesh):
-            state, metrics = built.step(state, frozen, batch, root_key)
+            state, metrics = built.step(state, reads, batch, root_key)
         trace.after_step(done, metrics)
         pending.append((done, metrics))
         if len(pending) > 1:  # let the device run one step ahead of the host
@@ -195,6 +199,15 @@ def _train(
   return optimizer.averaged_params(state.opt_state, state.params)
 
 
+def _begin(task: tasks.Task, step: int, params, frozen, out: pathlib.Path, mesh, watcher):
+  """What the step reads beside its state, and the batches, from `step` on: to the end of a round
+  where the task has rounds."""
+  if task.rounds is None:
+    return frozen, task.batches(step)
+  drawing = functools.partial(watcher.during, "drawing")
+  return task.rounds.begin(step, params, frozen, out, out / CHECKPOINTS, mesh, drawing)
+
+
 @contextlib.contextmanager
 def _notice_of_preemption() -> Iterator[Callable[[int], bool]]:
   """Whether to save and stop after a step, the same answer on all processes at the same step."""
@@ -229,9 +242,11 @@ def claim_folder(out: pathlib.Path, config: config_lib.Config) -> None:
 def _claim(out: pathlib.Path, config: config_lib.Config) -> None:
   path = out / RUN_FILE
   ours = json.loads(json.dumps(dataclasses.asdict(config)))
+  drawn = config.objective.reference_every is not None  # then sampling makes what is trained on
+  free = [name for name in FREE_ON_RESUME if not (drawn and name == "sampling")]
   if path.exists():
     theirs = json.loads(path.read_text(encoding="utf-8"))
-    differences = list(config_lib.differences(theirs, ours, free=FREE_ON_RESUME))
+    differences = list(config_lib.differences(theirs, ours, free=free))
     if differences:
       raise ValueError(
         f"{out} already holds another run: {'; '.join(differences)}. Give another --out, or the "
@@ -289,13 +304,14 @@ def _make_validation(task: tasks.Task, mesh, root_key):
   size = count if few else count // mesh.size * mesh.size
   batch = jax.tree.map(lambda x: x[:size], task.validation)
   key = jax.random.fold_in(root_key, VALIDATION_STREAM)
-  examples = jax.jit(task.objective.draw)(batch, key)
+  objective = task.validation_objective or task.objective
+  examples = jax.jit(objective.draw)(batch, key)
   place = sharding.replicated(mesh) if few else sharding.batch_sharding(mesh)
   examples = jax.device_put(examples, place)
 
   @jax.jit
   def evaluate(params, frozen, examples):
-    loss, metrics = sharding.map_rows(task.objective.loss, params, frozen, examples, split=not few)
+    loss, metrics = sharding.map_rows(objective.loss, params, frozen, examples, split=not few)
     summary = {name: jnp.mean(values) for name, values in {"loss": loss, **metrics}.items()}
     if "margin" in metrics:
       summary["margin_abs_max"] = jnp.max(jnp.abs(metrics["margin"]))

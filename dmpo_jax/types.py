@@ -47,6 +47,7 @@ class PreferenceBatch(NamedTuple):
     text_embeds: likewise, SDXL only, see `AddedConditions`.
     draw: number of a settled draw of timestep and noise, see `data.drawn`; None: drawn anew.
     reference_errors: those of the frozen reference in that draw, of winner and loser.
+    latents_l: what a past checkpoint drew for the caption, scaled, in place of the loser (SePPO).
   """
 
   moments_w: Float[Array, "B h w c2"]
@@ -59,6 +60,7 @@ class PreferenceBatch(NamedTuple):
   text_embeds: Float[Array, "B P"] | None = None
   draw: Int[Array, " B"] | None = None
   reference_errors: Float[Array, "B 2"] | None = None
+  latents_l: Float[Array, "B h w c"] | None = None
 
 
 class CaptionedBatch(NamedTuple):

@@ -109,7 +109,7 @@ class Watch:
 
   @contextlib.contextmanager
   def during(self, state: str) -> Iterator[None]:
-    """What is done in it is `validating` or `saving`, and is no part of a step's time."""
+    """What is done in it (`validating`, `saving`, `drawing`) is no part of a step's time."""
     before, since = self._now
     now = time.monotonic()
     if before == "training":

@@ -47,6 +47,14 @@ def ipo(h, tau):
   return (h - 1 / (2 * tau)) ** 2
 
 
+def seppo(err_w, err_l, ref_err_w, ref_err_l, *, beta):
+  """SePPO: -log sigmoid(-beta / 2 [(e_a - r_a) - s (e_s - r_s)]), s = sign(r_a - e_a), 1 at 0."""
+  e_a, e_s, r_a, r_s = map(np.float64, (err_w, err_l, ref_err_w, ref_err_l))
+  s = np.where(r_a - e_a == 0, 1.0, np.sign(r_a - e_a))
+  u = -0.5 * beta * ((e_a - r_a) - s * (e_s - r_s))
+  return u, s, -np.log(preference(u)[..., 0])
+
+
 GENERATORS = {
   "fkl": lambda x: -np.log(x) + x - 1,
   "rkl": lambda x: x * np.log(x) - x + 1,

@@ -53,6 +53,7 @@ def groups(value):
 SHIPPED = {
   "emoji_dmpo": ("",),
   "emoji_inpo": ("",),
+  "emoji_seppo": ("",),
   "emoji_base": ("autoencoder", "denoise", "condition"),
   "sd15_dmpo_pickapic": ("",),
   "sd15_dpo_pickapic": ("",),
@@ -179,6 +180,10 @@ def test_every_method_can_be_chosen_on_the_command_line():
     "inpo": [
       *(clear, hard, "--config.objective.inversion=published"),
       "--config.objective.inversion_steps=10",
+    ],
+    "seppo": [
+      *(clear, hard, "--config.objective.reference_every=30"),
+      "--config.objective.reference_keep=7",
     ],
     "denoise": [clear, hard, beta],
     "autoencoder": [clear, hard, beta, "--config.objective.kl_weight=1e-3"],
@@ -368,6 +373,8 @@ VALUES = {
   "labels": "soft",
   "inversion": "exact",
   "inversion_steps": 10,
+  "reference_every": 30,
+  "reference_keep": 7,
 }
 
 

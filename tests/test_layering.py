@@ -16,7 +16,7 @@ LEVELS = {
   + ["program", "hlo", "alarms", "watch", "report_page", "report_table", "report_style"]
   + ["doctor_picture", "doctor_data", "doctor_page", "inversion"],
   4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
-  + ["check_export", "doctor", "doctor_run", "plan", "reference_cache", "profiling"],
+  + ["check_export", "doctor", "doctor_run", "plan", "reference_cache", "profiling", "rounds"],
   5: ["cli"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}

@@ -710,3 +710,40 @@ def test_the_target_margin_is_the_log_odds_of_the_choice():
 def test_an_even_choice_pulls_to_the_reference():
   loss, parts = soft_loss(bind_dmpo(), jnp.zeros(1), jnp.full(1, 0.5))
   assert float(loss[0]) == 0.0 and float(parts.gradient_weight[0]) == 0.0
+
+
+# --- SePPO ---
+
+
+def test_seppo_equals_its_formula():
+  errors = np.random.default_rng(0).uniform(0.1, 0.3, (4, 200)).astype(np.float32)
+  errors[0, :5] = errors[2, :5]  # ties on the winner
+  u, flipper, expected = oracles.seppo(*errors, beta=200.0)
+  loss, parts = losses.seppo_loss(*map(jnp.asarray, errors), beta=200.0)
+  np.testing.assert_array_equal(parts.flipper, flipper)
+  assert set(flipper[:5]) == {1.0} and {-1.0, 1.0} == set(flipper[5:])
+  # kappa = 100 magnifies the rounding of errors near 0.3: 100 * 4 * 2^-26.
+  np.testing.assert_allclose(parts.margin, u, atol=1e-5)
+  np.testing.assert_allclose(loss, expected, atol=1e-5)
+
+
+def test_seppo_at_the_reference_is_log_2_and_its_flipper_a_constant():
+  err = jnp.array([0.2, 0.3])
+  loss, parts = losses.seppo_loss(err, err, err, err, beta=2000.0)
+  np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+  assert parts.flipper.tolist() == [1.0, 1.0] and parts.margin.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("err_w, flipper", [(0.19, 1.0), (0.21, -1.0)])
+def test_seppo_pulls_the_second_image_in_where_the_winner_is_not_yet_passed(err_w, flipper):
+  """dL/de_a = kappa sigmoid(-u), dL/de_s = -kappa s sigmoid(-u); nothing for the reference."""
+
+  def loss(*errors):
+    return losses.seppo_loss(*errors, beta=20.0)[0].sum()
+
+  errors = [jnp.array([value]) for value in (err_w, 0.25, 0.2, 0.24)]
+  got = jax.grad(loss, argnums=(0, 1, 2, 3))(*errors)
+  u, _, _ = oracles.seppo(*map(np.asarray, errors), beta=20.0)
+  weight = 10.0 / (1 + np.exp(u))
+  np.testing.assert_allclose(np.stack(got[:2]), [weight, -flipper * weight], rtol=1e-5)
+  assert got[2][0] == got[3][0] == 0.0

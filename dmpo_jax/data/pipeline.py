@@ -133,6 +133,29 @@ def record_ids(source: PairSource | Mixture, *, seed: int, batch_size: int, step
   return [f"{record['caption']} ({record['couple']})" for record in records]
 
 
+def batch_places(
+  source: PairSource | Mixture, *, seed: int, batch_size: int, step: int
+) -> list[tuple[int, int]]:
+  """Where the pairs of the whole batch at `step` lie: number of the source, position in it.
+
+  Raises:
+    ValueError: a setting is out of range or the source is empty.
+  """
+  _check(source, seed, batch_size, step)
+  places = _Places(0, len(source))
+  if isinstance(source, Mixture):
+    parts = tuple(_Places(number, len(each)) for number, each in enumerate(source.sources))
+    places = Mixture(parts, source.weights)
+  pairs = _shuffled(places, seed)  # the order depends on lengths and weights alone
+  return [pairs[position] for position in range(step * batch_size, (step + 1) * batch_size)]
+
+
+def pair_at(source: PairSource | Mixture, place: tuple[int, int]) -> dict[str, Any]:
+  """The pair at one of `batch_places`."""
+  number, position = place
+  return (source.sources[number] if isinstance(source, Mixture) else source)[position]
+
+
 def load_split(source: PairSource | Mixture, limit: int | None = None) -> types.PreferenceBatch:
   """The first `limit` pairs (None: all) in the order on disk, without caption dropout.
 
@@ -202,6 +225,20 @@ def _mixed(source: PairSource | Mixture, read) -> grain.MapDataset:
     return read(source, 0)
   parts = [read(each, index) for index, each in enumerate(source.sources)]
   return grain.MapDataset.mix(parts, source.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+  """A source whose pairs are their places."""
+
+  number: int
+  length: int
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, position: SupportsIndex) -> tuple[int, int]:
+    return self.number, position.__index__()
 
 
 @dataclasses.dataclass(frozen=True)
