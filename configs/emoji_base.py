@@ -103,6 +103,13 @@ def _run(method, *, steps, batch_size, rate, kl_weight=None, ema=0.0, power=1.0)
       order=None,
       kl_weight=kl_weight,
       labels=None,
+      sft_weight=None,
+      loser_scaling=None,
+      beta_mapo=None,
+      snr_value=None,
+      lambda_d=None,
+      lambda_u=None,
+      utility=None,
     ),
     data=dict(
       dataset="emoji_choice/top160",

@@ -14,7 +14,7 @@ import tiny
 import torch_models
 
 from dmpo_jax import base as base_lib
-from dmpo_jax import cli, hlo, plan
+from dmpo_jax import cli, hlo, plan, tasks
 from dmpo_jax import config as config_lib
 
 PROGRAM = """
@@ -107,6 +107,34 @@ def test_a_low_rank_delta_needs_fewer_flops():
   assert plan.minimum_flops(lora, base) == 0.75 * plan.minimum_flops(full, base)
   stored = tiny.config("emoji", **{"data.reference_draws": 2})
   assert plan.minimum_flops(stored, base) == 0.75 * plan.minimum_flops(full, base)
+
+
+# UNet forward passes of a pair: images x (forward, backward, forward of the reference).
+FORWARDS = {
+  "dmpo": (8, 6, 6),
+  "dpo": (8, 6, 6),
+  "fpo": (8, 6, 6),
+  "ipo": (8, 6, 6),
+  "sdpo": (8, 6, 6),
+  "dmpo_sft": (8, 6, 6),
+  "sft": (3, 2, None),
+  "mapo": (6, 4, None),
+  "kto": (8, 6, 6),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_forward_passes_of_each_method(name):
+  """Full training, a low-rank delta, stored errors of the reference; what the step reads fits."""
+  whole, low_rank, stored = FORWARDS[name]
+  path = f"configs/emoji_{name}.py"
+  lora = {"lora.rank": 2, "lora.alpha": 2.0, "lora.targets": "to_q"}
+  for expected, more in ((whole, {}), (low_rank, lora), (stored, {"data.reference_draws": 2})):
+    if expected is not None:
+      config = tiny.config("emoji", path=path, **more)
+      assert plan.minimum_forwards(config) == expected
+      reference = tasks.holds_reference(config)
+      assert reference == (whole == 8 and "data.reference_draws" not in more or "lora.rank" in more)
 
 
 def test_stored_errors_stand_in_the_batch_for_the_reference():
