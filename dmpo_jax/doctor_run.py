@@ -219,7 +219,7 @@ RULES = {
   "no-validation": Rule(
     "warning",
     "No validation",
-    "There are records, and none holds a validation metric (objectives with a reference).",
+    "There are records, and none holds a validation metric (methods on pairs).",
     "Hold captions out (data.validation_share): a falling winner likelihood goes unseen.",
   ),
 }

@@ -128,12 +128,8 @@ def pair_errors(
   conditions: types.Conditions,
 ) -> Float[Array, "B k"]:
   """Errors of winner and loser, at the timestep and noise that the examples hold for them."""
-  # Nothing is kept for the backward pass but what stands behind barriers: it would change the
-  # fusions, and so the rounding, of the policy's forward pass. As it is, policy and reference
-  # compute the same, and equal parameters give a margin of exactly zero.
-  forward = remat.checkpoint(functools.partial(squared_errors, denoiser), denoiser.remat)
-  kernels = cast_kernels(unet_params, denoiser.dtype)
-  return forward(kernels, *_by_image(examples, conditions)).reshape(examples.latents.shape[:2])
+  err = _by_image(squared_errors, denoiser, unet_params, examples, conditions)
+  return err.reshape(examples.latents.shape[:2])
 
 
 def pair_residuals(
@@ -147,14 +143,17 @@ def pair_residuals(
   Behind a barrier, so that what else is made of it leaves the errors' rounding alone: they are
   then the same for policy and reference, and margins of equal parameters are exactly zero.
   """
-  forward = remat.checkpoint(functools.partial(residuals, denoiser), denoiser.remat)
+  left = _by_image(residuals, denoiser, unet_params, examples, conditions)
+  return jax.lax.optimization_barrier(left).reshape(examples.latents.shape)
+
+
+def _by_image(function, denoiser, unet_params, examples, conditions):
+  """`function` of single images, one pair's beside each other."""
+  # Nothing is kept for the backward pass but what stands behind barriers: it would change the
+  # fusions, and so the rounding, of the policy's forward pass. As it is, policy and reference
+  # compute the same, and equal parameters give a margin of exactly zero.
+  forward = remat.checkpoint(functools.partial(function, denoiser), denoiser.remat)
   kernels = cast_kernels(unet_params, denoiser.dtype)
-  found = jax.lax.optimization_barrier(forward(kernels, *_by_image(examples, conditions)))
-  return found.reshape(examples.latents.shape)
-
-
-def _by_image(examples: PairExamples, conditions: types.Conditions) -> tuple:
-  """Latents, noise, timesteps and conditions of single images, one pair's beside each other."""
   count, rank = examples.latents.shape[1], examples.latents.ndim
 
   def spread(x, rank):
@@ -165,7 +164,7 @@ def _by_image(examples: PairExamples, conditions: types.Conditions) -> tuple:
   # Not the prompt's embeddings: the UNet projects them once for all of a pair.
   each = jax.tree.map(lambda x: x.repeat(count, axis=0), conditions._replace(prompt_embeds=None))
   conditions = each._replace(prompt_embeds=conditions.prompt_embeds)
-  return spread(examples.latents, rank), noise, timesteps, conditions
+  return forward(kernels, spread(examples.latents, rank), noise, timesteps, conditions)
 
 
 class Draw(NamedTuple):

@@ -60,7 +60,7 @@ def shared_unet(tiny_base):
   """The base with a UNet that is compiled once for all methods, not within the step of each."""
   base = base_lib.load_base(str(tiny_base))
   denoiser = base.denoiser()
-  return base, denoiser._replace(unet=jax.jit(denoiser.unet))
+  return base, denoiser._replace(unet=jax.jit(denoiser.unet), embed=jax.jit(denoiser.embed))
 
 
 @pytest.mark.slow
@@ -72,7 +72,8 @@ def test_training(tiny_base, tiny_data, shared_unet, name):
   make = tasks.OBJECTIVES.get(config.objective.method, tasks.margin_objective)
   objective = make(config.objective, denoiser, objectives.Draw())
   data = stages.open_data(config, base, tiny_data).splits["train"]
-  examples = objective.draw(pipeline.load_split(data, 8), jax.random.key(3))
+  batch = jax.tree.map(jnp.asarray, pipeline.load_split(data, 8))
+  examples = objective.draw(batch, jax.random.key(3))
   needed = config.objective.needs_reference
   frozen = objectives.Frozen(base.params["unet"] if needed else None, base.text_params)
 
@@ -132,7 +133,8 @@ PAIRS = 8
 
 
 def network(params, noisy, timesteps, conditions):
-  bias = conditions.prompt_embeds.mean(axis=1)[:, None, None]
+  embeds = conditions.prompt_embeds  # a row for each pair
+  bias = embeds.mean(axis=1).repeat(len(noisy) // len(embeds), axis=0)[:, None, None]
   return noisy @ params["kernel"] + bias + 0.001 * timesteps[:, None, None, None]
 
 
