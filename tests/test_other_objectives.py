@@ -64,7 +64,7 @@ def shared_unet(tiny_base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "sft"])  # that is above
 def test_training(tiny_base, tiny_data, shared_unet, name):
   """Two steps of descent on pairs of emoji_choice: the loss falls, the metrics make sense."""
   base, denoiser = shared_unet
