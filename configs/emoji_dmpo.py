@@ -25,13 +25,20 @@ def get_config():
   config.keep = 2
 
   config.objective = ml_collections.ConfigDict()
-  config.objective.method = "dmpo"  # dmpo, dpo, fpo or ipo
+  config.objective.method = "dmpo"  # see docs/methods.md
   config.objective.beta = 1000.0  # mean-form errors: kappa = beta / 2
   config.objective.alpha = 0.01  # loser's mass in the smoothed label, (0, 0.5)
   config.objective.labels = "hard"  # or soft: no surer than the data's p_choice
   config.objective.label_smoothing = config_dict.placeholder(float)  # dpo
   config.objective.divergence = config_dict.placeholder(str)  # fpo
   config.objective.order = config_dict.placeholder(float)  # fpo with divergence "alpha"
+  config.objective.sft_weight = 0.0  # of the winner's own error beside the margin; 0: off
+  config.objective.loser_scaling = config_dict.placeholder(float)  # Diffusion-SDPO's mu; None: off
+  config.objective.beta_mapo = config_dict.placeholder(float)
+  config.objective.snr_value = config_dict.placeholder(float)  # mapo
+  config.objective.lambda_d = config_dict.placeholder(float)  # kto
+  config.objective.lambda_u = config_dict.placeholder(float)  # kto
+  config.objective.utility = config_dict.placeholder(str)  # kto
   config.objective.kl_weight = config_dict.placeholder(float)  # autoencoder
   config.objective.inversion = config_dict.placeholder(str)  # inpo: exact, or published
   config.objective.inversion_steps = config_dict.placeholder(int)  # inpo

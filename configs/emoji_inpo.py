@@ -18,6 +18,7 @@ def get_config():
   config.objective.method = "inpo"
   config.objective.alpha = None
   config.objective.labels = None
+  config.objective.sft_weight = None
   config.objective.inversion = "exact"
   config.objective.inversion_steps = 10  # the published code's
   return config

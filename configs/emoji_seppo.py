@@ -17,6 +17,7 @@ def get_config():
   config.objective.method = "seppo"
   config.objective.alpha = None
   config.objective.labels = None
+  config.objective.sft_weight = None
   config.objective.reference_every = 30
   config.objective.reference_keep = 7
   return config

@@ -39,6 +39,13 @@ def get_config():
   config.objective.label_smoothing = config_dict.placeholder(float)
   config.objective.divergence = config_dict.placeholder(str)
   config.objective.order = config_dict.placeholder(float)
+  config.objective.sft_weight = 0.0  # of the winner's own error beside the margin; 0: off
+  config.objective.loser_scaling = config_dict.placeholder(float)  # Diffusion-SDPO's mu; None: off
+  config.objective.beta_mapo = config_dict.placeholder(float)
+  config.objective.snr_value = config_dict.placeholder(float)  # mapo
+  config.objective.lambda_d = config_dict.placeholder(float)  # kto
+  config.objective.lambda_u = config_dict.placeholder(float)  # kto
+  config.objective.utility = config_dict.placeholder(str)  # kto
   config.objective.kl_weight = config_dict.placeholder(float)
   config.objective.inversion = config_dict.placeholder(str)  # inpo: exact, or published
   config.objective.inversion_steps = config_dict.placeholder(int)  # inpo

@@ -13,18 +13,25 @@ from typing import Any
 
 from dmpo_jax import credentials
 
-METHODS = {  # method -> the objective's fields that it reads
-  "dmpo": ("beta", "alpha", "labels"),
-  "dpo": ("beta", "label_smoothing", "labels"),
-  "fpo": ("beta", "alpha", "divergence", "order", "labels"),
-  "ipo": ("beta",),
+SAFEGUARDS = ("sft_weight", "loser_scaling")  # of every loss of the margin
+
+METHODS = {  # method -> the objective's fields that it reads; with beta, it has a reference
+  "dmpo": ("beta", "alpha", "labels", *SAFEGUARDS),
+  "dpo": ("beta", "label_smoothing", "labels", *SAFEGUARDS),
+  "fpo": ("beta", "alpha", "divergence", "order", "labels", *SAFEGUARDS),
+  "ipo": ("beta", *SAFEGUARDS),
   "inpo": ("beta", "inversion", "inversion_steps"),
   "seppo": ("beta", "reference_every", "reference_keep"),
+  "sft": (),
+  "mapo": ("beta_mapo", "snr_value"),
+  "kto": ("beta", "lambda_d", "lambda_u", "utility"),
   "denoise": (),
   "autoencoder": ("kl_weight",),
 }
+OPTIONAL = ("order", "loser_scaling")  # may be None even where the method reads them
 OWN_LATENTS = ("inpo", "seppo")  # methods that make latents of their own as they train
-OPTIONAL = ("order",)  # may be None even where the method reads them; its loss checks them
+ON_IMAGES = ("denoise", "autoencoder")  # the methods that do not train on pairs
+UTILITIES = ("sigmoid", "loss_averse", "risk_seeking")
 REMAT = ("full", "blocks", "layers")
 DTYPES = ("float32", "bfloat16")
 
@@ -36,6 +43,10 @@ class ObjectiveConfig:
   Attributes:
     labels: hard, every pair's label as sure as alpha (or label_smoothing) allows; or soft, no surer
       than the data's p_choice.
+    sft_weight: of the winner's own error, in units of |dL/du|; 0: off. See `safeguards.add_sft`.
+    loser_scaling: mu of `safeguards.loser_scale`, [0, 1]; None: off.
+    beta_mapo, snr_value: of `other_losses.mapo_loss`.
+    lambda_d, lambda_u, utility: of `other_losses.kto_loss`.
     inversion, inversion_steps: how clean latents are inverted, exact or published, and in how many
       steps; see `inversion.make_inversion`.
     reference_every, reference_keep: updates from one stored checkpoint to the next, and of how many
@@ -50,6 +61,13 @@ class ObjectiveConfig:
   order: float | None
   kl_weight: float | None
   labels: str | None
+  sft_weight: float | None
+  loser_scaling: float | None
+  beta_mapo: float | None
+  snr_value: float | None
+  lambda_d: float | None
+  lambda_u: float | None
+  utility: str | None
   inversion: str | None
   inversion_steps: int | None
   reference_every: int | None
@@ -73,19 +91,28 @@ class ObjectiveConfig:
         )
     if self.labels is not None:
       _check_choice("objective.labels", self.labels, ("hard", "soft"))
-    if self.beta is not None:
-      _check_positive("objective.beta", self.beta)
-    if self.kl_weight is not None:
-      _check_positive("objective.kl_weight", self.kl_weight)
+    if self.utility is not None:
+      _check_choice("objective.utility", self.utility, UTILITIES)
     if self.inversion is not None:
       _check_choice("objective.inversion", self.inversion, ("exact", "published"))
-    for name in ("inversion_steps", "reference_every", "reference_keep"):
+    numbers = "beta kl_weight beta_mapo snr_value lambda_d lambda_u inversion_steps".split()
+    for name in (*numbers, "reference_every", "reference_keep"):
       if getattr(self, name) is not None:
         _check_positive(f"objective.{name}", getattr(self, name))
+    weight, scaling = self.sft_weight, self.loser_scaling
+    if weight is not None and not (weight >= 0 and math.isfinite(weight)):
+      raise ValueError(f"objective.sft_weight: expected >= 0 and finite (0: off), got {weight}")
+    if scaling is not None and not 0 <= scaling <= 1:
+      raise ValueError(f"objective.loser_scaling: expected [0, 1] or None (off), got {scaling}")
 
   @property
   def needs_reference(self) -> bool:
     return "beta" in METHODS[self.method]
+
+  @property
+  def images_of_pair(self) -> int:
+    """Images of a pair that go through the UNet."""
+    return 1 if self.method == "sft" else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,6 +329,11 @@ class Config:
     ).split():
       _check_positive(name, getattr(self, name))
     _check_choice("remat", self.remat, REMAT)
+    if self.data.reference_draws and not self.objective.needs_reference:
+      raise ValueError(
+        f"data.reference_draws: method {self.objective.method!r} has no reference; expected 0, got "
+        f"{self.data.reference_draws}"
+      )
     if self.seed < 0:
       raise ValueError(f"seed: expected >= 0, got {self.seed}")
     if self.data.reference_draws and self.objective.method in OWN_LATENTS:

@@ -219,7 +219,7 @@ RULES = {
   "no-validation": Rule(
     "warning",
     "No validation",
-    "There are records, and none holds a validation metric (objectives with a reference).",
+    "There are records, and none holds a validation metric (methods on pairs).",
     "Hold captions out (data.validation_share): a falling winner likelihood goes unseen.",
   ),
 }
@@ -536,6 +536,7 @@ def _training_faults(run: _Run) -> Iterator[Fault]:
   has_reference = run.config is not None and run.config.objective.needs_reference
   if has_reference:
     yield from _start_faults(run)
+  if run.config is not None and run.config.objective.method not in config_lib.ON_IMAGES:
     yield from _preference_faults(run)
     if not any(name.startswith("validation/") for _, record in run.lines for name in record):
       yield "no-validation", logs.METRICS_FILE, f"{len(run.lines)} records without"

@@ -100,7 +100,7 @@ def margin(
   [1.]
   """
   _check_beta(beta)
-  _check_errors(err_w=err_w, err_l=err_l, ref_err_w=ref_err_w, ref_err_l=ref_err_l)
+  check_errors(err_w=err_w, err_l=err_l, ref_err_w=ref_err_w, ref_err_l=ref_err_l)
   ref_err_w, ref_err_l = jax.lax.stop_gradient((ref_err_w, ref_err_l))
   return 0.5 * beta * ((ref_err_w - err_w) - (ref_err_l - err_l))
 
@@ -571,7 +571,12 @@ def _collect_parts(
   return jax.lax.stop_gradient(parts)
 
 
-def _check_errors(**errors: Array) -> None:
+def check_errors(**errors: Array) -> None:
+  """Refuses errors in half precision.
+
+  Raises:
+    ValueError: one is not float32 (or float64, in tests); it is named.
+  """
   for name, err in errors.items():
     if err.dtype.name not in ("float32", "float64"):
       raise ValueError(

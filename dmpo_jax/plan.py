@@ -31,7 +31,6 @@ from dmpo_jax.models import attention
 
 LABEL = "compiled, not run"
 GIB = 2**30
-FORWARDS = 8  # a pair: two images, forward and backward (3) and through the reference (1)
 EFFORTS = {
   # At its default effort the compiler takes half an hour and more for Stable Diffusion on 2 cores.
   "quick": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
@@ -122,7 +121,7 @@ class Plan:
     memory: bytes by part: params, optimizer, reference, text_encoders, batch, temporaries, program.
     memory_limit: bytes that the chip has.
     flops: of one update by the compiler's count, and kernels by ours.
-    minimum_flops: `FORWARDS` forward passes of the UNet for each pair.
+    minimum_flops: the forward passes of the UNet that each pair needs, see `minimum_forwards`.
     collectives: kind -> (number, bytes of their results) in one update.
     compute_seconds: the compiler's estimate of one update, kernels at peak; nothing waits.
     link_seconds: the collectives' bytes over the links' bandwidth, were none hidden.
@@ -232,8 +231,8 @@ def abstract_task(
   encoders = {name: base.shapes[name] for name in base.encoders}
   if config.data.prompt_embeds:
     encoders = None
-  if config.data.reference_draws and adapter is None:
-    reference = None  # its errors come with the batch
+  if not tasks.holds_reference(config):
+    reference = None
   frozen = objectives.Frozen(reference, encoders, None if adapter is None else _shapes(adapter))
   return params, frozen, tasks.make_objective(config, base), abstract_batch(config, base)
 
@@ -276,17 +275,24 @@ def forward_flops(base: base_lib.Base) -> float:
   return lowered.cost_analysis()["flops"]
 
 
-def minimum_flops(config: config_lib.Config, base: base_lib.Base) -> float:
-  """What the objective cannot do without, for a pair.
+def minimum_forwards(config: config_lib.Config) -> int:
+  """Forward passes of the UNet that a pair cannot do without.
 
-  Policy forward, twice that backward, reference forward, for two images. A low-rank delta needs no
-  gradient by the weights, a third of the policy's part (its own products are left out), and errors
-  that are stored (`data.reference_draws`) need no reference. InPO inverts both images first, in as
-  many forward passes each as `objective.inversion_steps`.
+  For each image: policy forward, twice that backward, reference forward. SFT knows the winner
+  alone, SFT and MaPO no reference. A low-rank delta needs no gradient by the weights, a third of
+  the policy's part (its own products are left out), and errors that are stored
+  (`data.reference_draws`) need no reference. InPO inverts both images first, in as many forward
+  passes each as `objective.inversion_steps`.
   """
-  forwards = FORWARDS - 2 * (config.lora.rank > 0) - 2 * (config.data.reference_draws > 0)
-  forwards += 2 * (config.objective.inversion_steps or 0)
-  return forwards * forward_flops(base)
+  policy = 2 if config.lora.rank > 0 else 3
+  reference = config.objective.needs_reference and config.data.reference_draws == 0
+  inversion = config.objective.inversion_steps or 0
+  return config.objective.images_of_pair * (policy + reference + inversion)
+
+
+def minimum_flops(config: config_lib.Config, base: base_lib.Base) -> float:
+  """What the objective cannot do without, for a pair: `minimum_forwards` times a forward pass."""
+  return minimum_forwards(config) * forward_flops(base)
 
 
 def make_plan(
@@ -310,7 +316,7 @@ def make_plan(
     raise ValueError(
       f"plan: expected another method than {config.objective.method!r}, which inverts in a loop: "
       "the compiler counts one pass of it; plan dpo, whose step is the same but for "
-      f"{2 * config.objective.inversion_steps} more forward passes beside its {FORWARDS}"
+      f"{2 * config.objective.inversion_steps} of {minimum_forwards(config)} forward passes a pair"
     )
   devices = find_devices(topology)
   mesh = sharding.make_mesh(fsdp=config.fsdp, devices=devices)

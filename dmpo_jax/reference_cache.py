@@ -34,7 +34,9 @@ def settings_of(
   if not config.data.prompt_embeds:
     trees |= base.text_params
   prints = json.dumps({name: checkpoint.fingerprint(tree) for name, tree in trees.items()})
-  return {
+  # Methods that share a draw share the errors too.
+  images = {"noise": "one an image"} if config.objective.method == "kto" else {}
+  return images | {
     "reference": hashlib.blake2b(prints.encode(), digest_size=16).hexdigest(),
     "data": encoded.metadata["fingerprint"],
     "pairs": encoded.metadata["counts"],

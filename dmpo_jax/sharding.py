@@ -199,6 +199,12 @@ def mean_gradients(
   return _on_devices(function, params, frozen, rows, split=True, gradients=True)
 
 
+def mean_over_devices(value: jax.Array) -> jax.Array:
+  """Of a device's own value, within `map_rows` and `mean_gradients`; elsewhere the value itself."""
+  axes = jax.sharding.get_abstract_mesh().manual_axes
+  return jax.lax.pmean(value, axes) if axes else value
+
+
 def _on_devices(function, params, frozen, rows, *, split, gradients):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

@@ -99,7 +99,7 @@ def check_settings(config: config_lib.Config) -> None:
     check_dataset(config.data)
   else:
     mixture.parse_mixture(config.data.mixture)
-  tasks.bind_loss(config.objective)
+  tasks.check_objective(config.objective)
 
 
 def prepare(
@@ -705,7 +705,10 @@ def summarise_run(
   device = jax.devices()[0]
   return {
     "method": config.objective.method,
-    "step0_margin_max": first["validation/margin_abs_max"],
+    # Without a reference the margin of step 0 is that of the images, and says nothing.
+    "step0_margin_max": first["validation/margin_abs_max"]
+    if config.objective.needs_reference
+    else None,
     **result,
     "seconds": {name: round(value, 1) for name, value in seconds.items()},
     "device": f"{jax.device_count()} x {device.device_kind}",

@@ -13,7 +13,16 @@ import numpy as np
 
 from dmpo_jax import base as base_lib
 from dmpo_jax import config as config_lib
-from dmpo_jax import inversion, lora, losses, objectives, train_step
+from dmpo_jax import (
+  inversion,
+  lora,
+  losses,
+  objectives,
+  other_losses,
+  other_objectives,
+  safeguards,
+  train_step,
+)
 from dmpo_jax import rounds as rounds_lib
 from dmpo_jax.data import encode, pipeline
 from dmpo_jax.data.emoji_choice import captions
@@ -46,10 +55,11 @@ class Task(NamedTuple):
 
 
 def bind_loss(config: config_lib.ObjectiveConfig) -> objectives.PreferenceLoss:
-  """The loss of `losses` with its hyper-parameters bound.
+  """A loss of the margin, of `losses`, with its hyper-parameters bound.
 
   Raises:
-    ValueError: a hyper-parameter is out of range (the loss is tried on one pair).
+    ValueError: the method is no such loss, or a hyper-parameter is out of range (the loss is tried
+      on one pair).
   """
   makers = {
     "dmpo": lambda: functools.partial(losses.dmpo_loss, beta=config.beta, alpha=config.alpha),
@@ -70,9 +80,12 @@ def bind_loss(config: config_lib.ObjectiveConfig) -> objectives.PreferenceLoss:
   }
   if config.method not in makers:
     raise ValueError(
-      f"objective.method: expected one of {', '.join(makers)} for pairs, got {config.method!r}"
+      f"objective.method: expected one of {', '.join(makers)} for a loss of the margin, got "
+      f"{config.method!r}"
     )
   bound = makers[config.method]()
+  if config.sft_weight is not None:
+    bound = safeguards.add_sft(bound, beta=config.beta, weight=config.sft_weight)
   one = jax.ShapeDtypeStruct((1,), jnp.float32)
   jax.eval_shape(bound, one, one, one, one)
   return bound
@@ -104,25 +117,104 @@ def initial_adapter(config: config_lib.LoraConfig, shapes: Any, seed: int) -> lo
   return lora.Adapter(delta, np.float32(config.alpha / config.rank))
 
 
+def check_objective(config: config_lib.ObjectiveConfig) -> None:
+  """Refuses a method that does not train on pairs, and hyper-parameters out of their range.
+
+  Raises:
+    ValueError: names the field.
+  """
+  if config.method in config_lib.ON_IMAGES:
+    pairs = [name for name in config_lib.METHODS if name not in config_lib.ON_IMAGES]
+    raise ValueError(
+      f"objective.method: expected one of {', '.join(pairs)} for pairs, got {config.method!r}"
+    )
+  if config.method not in OBJECTIVES:
+    bind_loss(config)
+
+
+def sft_objective(
+  config: config_lib.ObjectiveConfig, denoiser: objectives.Denoiser, draw: objectives.Draw
+) -> train_step.Objective:
+  """`other_objectives.sft_objective` as the configuration says."""
+  del config
+  draw = draw._replace(images=other_objectives.WINNERS.images)
+  return other_objectives.sft_objective(denoiser, draw=draw)
+
+
+def mapo_objective(
+  config: config_lib.ObjectiveConfig, denoiser: objectives.Denoiser, draw: objectives.Draw
+) -> train_step.Objective:
+  """`other_objectives.mapo_objective` as the configuration says."""
+  loss_fn = functools.partial(
+    other_losses.mapo_loss, beta_mapo=config.beta_mapo, snr_value=config.snr_value
+  )
+  # |dL/du| = beta_mapo sigmoid(-u)
+  return other_objectives.mapo_objective(denoiser, loss_fn, peak_weight=config.beta_mapo, draw=draw)
+
+
+def kto_objective(
+  config: config_lib.ObjectiveConfig, denoiser: objectives.Denoiser, draw: objectives.Draw
+) -> train_step.Objective:
+  """`other_objectives.kto_objective` as the configuration says."""
+  weights = {
+    "lambda_d": config.lambda_d,
+    "lambda_u": config.lambda_u,
+    "utility": config.utility,
+  }
+  return other_objectives.kto_objective(
+    denoiser,
+    functools.partial(other_losses.kto_loss, beta=config.beta, **weights),
+    peak_weight=other_losses.kto_peak(**weights),
+    beta=config.beta,
+    draw=draw._replace(noisings=other_objectives.SINGLE.noisings),
+  )
+
+
+def margin_objective(
+  config: config_lib.ObjectiveConfig,
+  denoiser: objectives.Denoiser,
+  draw: objectives.Draw,
+  invert: objectives.Invert | None = None,
+) -> train_step.Objective:
+  """`objectives.preference_objective` as the configuration says."""
+  loss_fn = bind_loss(config)
+  return objectives.preference_objective(
+    denoiser,
+    loss_fn,
+    peak_weight=losses.peak_gradient_weight(loss_fn),
+    draw=draw,
+    soft_labels=config.labels == "soft",
+    loser_scaling=config.loser_scaling,
+    invert=invert,
+  )
+
+
+OBJECTIVES = {"sft": sft_objective, "mapo": mapo_objective, "kto": kto_objective}
+"""Method -> what makes its objective; the others are losses of the margin, of `bind_loss`."""
+
+
 def make_objective(config: config_lib.Config, base: base_lib.Base) -> train_step.Objective:
   """Preference optimisation as the configuration says; the base's weights are not asked for.
 
   Raises:
     ValueError: as `bind_loss`, or as `inversion.make_inversion`.
   """
-  loss_fn, denoiser, invert = bind_loss(config.objective), base.denoiser(), None
+  draw = objectives.Draw(timestep_power=config.data.timestep_power, seed=config.seed)
+  make, denoiser = OBJECTIVES.get(config.objective.method, margin_objective), base.denoiser()
   if config.objective.inversion is not None:
     kind, steps = config.objective.inversion, config.objective.inversion_steps
     invert = inversion.make_inversion(denoiser, base.schedule, kind=kind, steps=steps)
-  return objectives.preference_objective(
-    denoiser,
-    loss_fn,
-    peak_weight=losses.peak_gradient_weight(loss_fn),
-    timestep_power=config.data.timestep_power,
-    soft_labels=config.objective.labels == "soft",
-    draw_seed=config.seed,
-    invert=invert,
-  )
+    make = functools.partial(make, invert=invert)
+  return make(config.objective, denoiser, draw)
+
+
+def holds_reference(config: config_lib.Config) -> bool:
+  """Whether a step reads the reference's parameters.
+
+  Not where the method has none, or the batches hold its errors; but a low-rank delta is one on it.
+  """
+  computed = config.objective.needs_reference and config.data.reference_draws == 0
+  return computed or config.lora.rank > 0
 
 
 def preference_task(
@@ -177,7 +269,7 @@ def preference_task(
     params=params,
     frozen=objectives.Frozen(
       reference_params(unet_params, config.precision.reference)
-      if not known or adapter is not None  # a low-rank delta is one on the reference
+      if holds_reference(config)
       else None,
       None if config.data.prompt_embeds else base.text_params,
       adapter,
@@ -208,7 +300,10 @@ def _in_rounds(
     )
   hard = functools.partial(losses.dpo_loss, beta=config.objective.beta, label_smoothing=0.0)
   judge = objectives.preference_objective(
-    base.denoiser(), hard, peak_weight=1.0, timestep_power=config.data.timestep_power
+    base.denoiser(),
+    hard,
+    peak_weight=1.0,
+    draw=objectives.Draw(timestep_power=config.data.timestep_power),
   )
   return task._replace(
     rounds=rounds_lib.Rounds(

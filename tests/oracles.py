@@ -92,3 +92,36 @@ def softmax(log_weights):
   """Masses proportional to exp(log_weights) over the last axis."""
   shifted = np.exp(log_weights - np.max(log_weights, axis=-1, keepdims=True))
   return shifted / np.sum(shifted, axis=-1, keepdims=True)
+
+
+def mapo(err_w, err_l, *, beta_mapo, snr_value):
+  """mapo-t2i/mapo: the winner's error less beta times the log-sigmoid of 1000 log-odds."""
+
+  def odds(err):
+    x = snr_value * np.float64(err)
+    return x / np.expm1(x)
+
+  u = 1000 * (odds(err_w) - odds(err_l))
+  return np.float64(err_w) + beta_mapo * np.log1p(np.exp(-u)), u
+
+
+KTO_UTILITIES = {
+  "sigmoid": lambda v: 1 / (1 + np.exp(-v)),
+  "loss_averse": lambda v: -np.log1p(np.exp(-v)),
+  "risk_seeking": lambda v: np.log1p(np.exp(v)),
+}
+
+
+def kto(err, ref_err, desirable, *, kappa, weights, utility):
+  """jacklishufan/diffusion-kto: weight (1 - U(+-kappa (gain less the mean gain, if positive)))."""
+  gain = np.float64(ref_err) - np.float64(err)
+  sign = np.where(desirable, 1, -1)
+  v = sign * kappa * (gain - max(0.0, gain.mean()))
+  return np.where(desirable, *weights) * (1 - KTO_UTILITIES[utility](v)), v
+
+
+def loser_scale(residual_w, residual_l, mu):
+  """AIDC-AI/Diffusion-SDPO for one pair, from the gradients of the two means of squares."""
+  g_w = 2 * np.float64(residual_w).ravel() / residual_w.size
+  g_l = 2 * np.float64(residual_l).ravel() / residual_l.size
+  return min(1.0, (1 - mu) * (g_w @ g_w) / (g_l @ g_w)) if g_l @ g_w > 0 else 1.0

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dmpo_jax import cli, config
+from dmpo_jax import cli, config, other_losses
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 DEMO = str(CONFIGS / "emoji_dmpo.py")
@@ -55,6 +55,14 @@ SHIPPED = {
   "emoji_inpo": ("",),
   "emoji_seppo": ("",),
   "emoji_base": ("autoencoder", "denoise", "condition"),
+  "emoji_dpo": ("",),
+  "emoji_fpo": ("",),
+  "emoji_ipo": ("",),
+  "emoji_sdpo": ("",),
+  "emoji_dmpo_sft": ("",),
+  "emoji_sft": ("",),
+  "emoji_mapo": ("",),
+  "emoji_kto": ("",),
   "sd15_dmpo_pickapic": ("",),
   "sd15_dpo_pickapic": ("",),
   "sd15_dmpo_lora": ("",),
@@ -91,12 +99,17 @@ def test_every_shipped_run_is_covered():
 
 def test_shipped_files_are_what_their_docstrings_say():
   read = {
-    part: config.from_dict(shipped(name, part))
+    part or name: config.from_dict(shipped(name, part))
     for name, part in RUNS
-    if name in ("emoji_dmpo", "emoji_base")
+    if name.startswith("emoji")
   }
-  assert (read[""].base, read[""].objective.method) == ("emoji", "dmpo")
-  assert read[""].objective.needs_reference
+  demo, without = read["emoji_dmpo"], ("emoji_sft", "emoji_mapo")
+  assert (demo.base, demo.objective.method) == ("emoji", "dmpo")
+  for name, run in read.items():
+    if name.startswith("emoji_"):
+      assert dataclasses.replace(run, objective=demo.objective) == demo
+      assert run.objective.needs_reference == (name not in without)
+      assert run.objective.method in (name.removeprefix("emoji_"), "dmpo")
   for part in ("autoencoder", "denoise", "condition"):
     assert read[part].objective.method == ("autoencoder" if part == "autoencoder" else "denoise")
     assert not read[part].objective.needs_reference
@@ -173,20 +186,29 @@ def test_overrides_reach_the_stages_of_the_base_recipe():
 def test_every_method_can_be_chosen_on_the_command_line():
   clear, hard = "--config.objective.alpha=None", "--config.objective.labels=None"
   beta = "--config.objective.beta=None"
+  bare = [clear, hard, "--config.objective.sft_weight=None"]
   chosen = {
     "dpo": [clear, "--config.objective.label_smoothing=0.1"],
     "fpo": ["--config.objective.divergence=alpha", "--config.objective.order=0.5"],
-    "ipo": [clear, hard],
+    "ipo": [clear, hard, "--config.objective.loser_scaling=0.9"],
     "inpo": [
-      *(clear, hard, "--config.objective.inversion=published"),
+      *(*bare, "--config.objective.inversion=published"),
       "--config.objective.inversion_steps=10",
     ],
     "seppo": [
-      *(clear, hard, "--config.objective.reference_every=30"),
+      *(*bare, "--config.objective.reference_every=30"),
       "--config.objective.reference_keep=7",
     ],
-    "denoise": [clear, hard, beta],
-    "autoencoder": [clear, hard, beta, "--config.objective.kl_weight=1e-3"],
+    "sft": [*bare, beta],
+    "mapo": [*bare, beta, "--config.objective.beta_mapo=0.1", "--config.objective.snr_value=0.5"],
+    "kto": [
+      *bare,
+      "--config.objective.lambda_d=1",
+      "--config.objective.lambda_u=1",
+      "--config.objective.utility=sigmoid",
+    ],
+    "denoise": [*bare, beta],
+    "autoencoder": [*bare, beta, "--config.objective.kl_weight=1e-3"],
   }
   for method, overrides in chosen.items():
     raw = cli.read_config(DEMO, [f"--config.objective.method={method}", *overrides])
@@ -371,6 +393,13 @@ VALUES = {
   "order": 0.5,
   "kl_weight": 1e-3,
   "labels": "soft",
+  "sft_weight": 0.5,
+  "loser_scaling": 0.9,
+  "beta_mapo": 0.1,
+  "snr_value": 0.5,
+  "lambda_d": 1.0,
+  "lambda_u": 2.0,
+  "utility": "loss_averse",
   "inversion": "exact",
   "inversion_steps": 10,
   "reference_every": 30,
@@ -392,6 +421,7 @@ def test_a_method_takes_exactly_the_fields_that_it_reads(demo, method):
     method=method, **{**dict.fromkeys(VALUES), **needed}
   )
   assert read.objective.needs_reference == ("beta" in config.METHODS[method])
+  assert read.objective.images_of_pair == (1 if method == "sft" else 2)
   for name in set(VALUES) - set(needed):
     raw = with_objective(demo, method=method, **needed, **{name: VALUES[name]})
     assert refusal(config.from_dict, raw) == (
@@ -405,7 +435,7 @@ def test_a_method_takes_exactly_the_fields_that_it_reads(demo, method):
 
 
 def test_only_some_divergences_have_an_order(demo):
-  fields = dict(beta=100.0, alpha=0.01, divergence="js", labels="hard")
+  fields = dict(beta=100.0, alpha=0.01, divergence="js", labels="hard", sft_weight=0.0)
   assert config.from_dict(with_objective(demo, method="fpo", **fields)).objective.order is None
 
 
@@ -414,8 +444,43 @@ def test_kl_weight_must_be_positive(demo):
   assert refusal(config.from_dict, raw) == "objective.kl_weight: expected > 0 and finite, got -1.0"
 
 
+@pytest.mark.parametrize(
+  "field, value, expected",
+  [
+    ("sft_weight", -0.1, ">= 0 and finite (0: off), got -0.1"),
+    ("sft_weight", float("inf"), ">= 0 and finite (0: off), got inf"),
+    ("loser_scaling", 1.1, "[0, 1] or None (off), got 1.1"),
+    ("loser_scaling", float("nan"), "[0, 1] or None (off), got nan"),
+    ("beta_mapo", 0.0, "> 0 and finite, got 0.0"),
+    ("snr_value", -1.0, "> 0 and finite, got -1.0"),
+    ("lambda_d", 0.0, "> 0 and finite, got 0.0"),
+    ("lambda_u", float("inf"), "> 0 and finite, got inf"),
+    ("utility", "fair", "one of sigmoid, loss_averse, risk_seeking, got 'fair'"),
+  ],
+)
+def test_settings_of_methods_out_of_range_are_named(demo, field, value, expected):
+  method = next(name for name, reads in config.METHODS.items() if field in reads)
+  fields = {name: VALUES[name] for name in config.METHODS[method]} | {field: value}
+  raw = with_objective(demo, method=method, **fields)
+  assert refusal(config.from_dict, raw) == f"objective.{field}: expected {expected}"
+
+
+def test_utilities_are_those_of_the_loss():
+  assert config.UTILITIES == other_losses.UTILITIES
+
+
+@pytest.mark.parametrize("method", ["sft", "mapo"])
+def test_settled_draws_without_a_reference_are_refused(demo, method):
+  fields = {name: VALUES[name] for name in config.METHODS[method]}
+  raw = replaced(with_objective(demo, method=method, **fields), "data.reference_draws", 2)
+  assert refusal(config.from_dict, raw) == (
+    f"data.reference_draws: method {method!r} has no reference; expected 0, got 2"
+  )
+
+
 def test_labels_are_hard_or_soft(demo):
-  raw = with_objective(demo, method="dmpo", beta=100.0, alpha=0.01, labels="certain")
+  fields = dict(beta=100.0, alpha=0.01, labels="certain", sft_weight=0.0)
+  raw = with_objective(demo, method="dmpo", **fields)
   assert refusal(config.from_dict, raw) == (
     "objective.labels: expected one of hard, soft, got 'certain'"
   )

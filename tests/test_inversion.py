@@ -381,6 +381,7 @@ def tiny_task(tiny_base, tiny_data, **more):
     "objective.method": "inpo",
     "objective.alpha": None,
     "objective.labels": None,
+    "objective.sft_weight": None,
     "objective.inversion": "exact",
     "objective.inversion_steps": 2,
   }

@@ -14,7 +14,7 @@ import tiny
 import torch_models
 
 from dmpo_jax import base as base_lib
-from dmpo_jax import cli, hlo, plan
+from dmpo_jax import cli, hlo, plan, tasks
 from dmpo_jax import config as config_lib
 
 PROGRAM = """
@@ -42,6 +42,7 @@ INPO = {
   "objective.method": "inpo",
   "objective.alpha": None,
   "objective.labels": None,
+  "objective.sft_weight": None,
   "objective.inversion": "exact",
   "objective.inversion_steps": 10,
 }
@@ -120,8 +121,36 @@ def test_a_low_rank_delta_needs_fewer_flops():
 
 
 def test_a_step_with_a_loop_that_the_compiler_does_not_count_is_refused():
-  with pytest.raises(ValueError, match="another method than 'inpo'.* 20 more forward passes"):
+  with pytest.raises(ValueError, match="another method than 'inpo'.* 20 of 28 forward passes"):
     plan.make_plan(tiny.config("emoji", **INPO), plan.read_topology("v5e:2x2"))
+
+
+# UNet forward passes of a pair: images x (forward, backward, forward of the reference).
+FORWARDS = {
+  "dmpo": (8, 6, 6),
+  "dpo": (8, 6, 6),
+  "fpo": (8, 6, 6),
+  "ipo": (8, 6, 6),
+  "sdpo": (8, 6, 6),
+  "dmpo_sft": (8, 6, 6),
+  "sft": (3, 2, None),
+  "mapo": (6, 4, None),
+  "kto": (8, 6, 6),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_forward_passes_of_each_method(name):
+  """Full training, a low-rank delta, stored errors of the reference; what the step reads fits."""
+  whole, low_rank, stored = FORWARDS[name]
+  path = f"configs/emoji_{name}.py"
+  lora = {"lora.rank": 2, "lora.alpha": 2.0, "lora.targets": "to_q"}
+  for expected, more in ((whole, {}), (low_rank, lora), (stored, {"data.reference_draws": 2})):
+    if expected is not None:
+      config = tiny.config("emoji", path=path, **more)
+      assert plan.minimum_forwards(config) == expected
+      reference = tasks.holds_reference(config)
+      assert reference == (whole == 8 and "data.reference_draws" not in more or "lora.rank" in more)
 
 
 def test_stored_errors_stand_in_the_batch_for_the_reference():

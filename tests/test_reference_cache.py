@@ -166,3 +166,15 @@ def test_draws_out_of_range_are_refused(draws, errors, message):
   errors = None if errors is None else np.zeros((errors, 2), np.float32)
   with pytest.raises(ValueError, match=message):
     drawn.Drawn(Numbers(), draws, 0, 0.0, {}, errors)
+
+
+def test_errors_are_shared_by_methods_that_draw_alike(tiny_base, tiny_data):
+  """Diffusion-KTO draws timestep and noise for each image: its errors are of other latents."""
+  base = base_lib.load_base(str(tiny_base))
+  found = {}
+  for name in ("dmpo", "dpo", "sdpo", "kto"):
+    config = settings(tiny_base, path=f"configs/emoji_{name}.py")
+    without = dataclasses.replace(config, data=dataclasses.replace(config.data, reference_draws=0))
+    encoded = stages.open_data(without, base, tiny_data)
+    found[name] = reference_cache.settings_of(config, base, encoded)
+  assert found["dmpo"] == found["dpo"] == found["sdpo"] != found["kto"]

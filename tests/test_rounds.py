@@ -156,6 +156,7 @@ SETTINGS = {
   "objective.method": "seppo",
   "objective.alpha": None,
   "objective.labels": None,
+  "objective.sft_weight": None,
   "objective.reference_every": 2,
   "objective.reference_keep": 2,
   "batch_size": 4,

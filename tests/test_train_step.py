@@ -250,6 +250,7 @@ def test_reconstruction_loss_equals_float64_numpy(tiny_base):
         "objective.beta": None,
         "objective.alpha": None,
         "objective.labels": None,
+        "objective.sft_weight": None,
       },
     ),
     base,

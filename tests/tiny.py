@@ -204,6 +204,6 @@ def overrides(base: pathlib.Path, **more) -> list[str]:
   return [f"--config.{name}={value}" for name, value in values.items()]
 
 
-def config(base: pathlib.Path, **more) -> config_lib.Config:
-  """The demo's configuration, shrunk; `more` names fields with their path."""
-  return config_lib.from_dict(cli.read_config(cli.DEFAULT_CONFIG, overrides(base, **more)))
+def config(base: pathlib.Path, *, path: str = cli.DEFAULT_CONFIG, **more) -> config_lib.Config:
+  """The demo's configuration, or another file's, shrunk; `more` names fields with their path."""
+  return config_lib.from_dict(cli.read_config(path, overrides(base, **more)))
