@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dmpo_jax"
 LEVELS = {
   0: ["__init__", "config", "types", "credentials"],
   1: ["models", "losses", "other_losses", "safeguards", "diffusion", "lora"],
-  2: ["data", "weights", "sharding", "optimizer"]
+  2: ["data", "scorers", "weights", "sharding", "optimizer"]
   + ["safetensors_io", "single_file", "single_file_configs", "lora_files", "hub"]
   + ["json_files", "paths"],
   3: [
