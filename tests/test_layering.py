@@ -24,7 +24,7 @@ LEVELS = {
     "figures",
   ]
   + ["program", "hlo", "alarms", "watch", "report_page", "report_table", "report_style"]
-  + ["doctor_picture", "doctor_data", "doctor_page"],
+  + ["doctor_picture", "doctor_data", "doctor_page", "reading"],
   4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
   + ["check_export", "doctor", "doctor_run", "plan", "reference_cache", "profiling"],
   5: ["cli"],
