@@ -118,10 +118,8 @@ def commands(page):
   """Command lines of `dmpo` in shell blocks, without what a shell takes for itself."""
   for body in blocks(page, "bash"):
     for line in body.replace("\\\n", " ").splitlines():
-      words = shlex.split(line, comments=True)
-      starts = [i for i, word in enumerate(words) if re.fullmatch(r"(\S*/bin/)?dmpo", word)]
-      if starts == [0]:
-        yield words[1:]
+      if re.match(r"(\S*/bin/)?dmpo ", line):
+        yield shlex.split(line, comments=True)[1:]
 
 
 def fields_of(config):
