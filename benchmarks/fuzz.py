@@ -54,7 +54,8 @@ from dmpo_jax import (
 )
 from dmpo_jax.data import images, rows, tokenizer
 from dmpo_jax.data.sources import registry
-from dmpo_jax.models import clip, unet, vae
+from dmpo_jax.models import clip, clip_model, unet, vae
+from dmpo_jax.scorers import bert_tokenizer, clip_scorers, preprocess
 
 INPUTS = 100_000
 HANG_SECONDS = 60
@@ -630,6 +631,38 @@ def read_tokenizer(folder: pathlib.Path) -> Reader:
   return Reader(valid, change, read)
 
 
+def read_scorer(folder: pathlib.Path) -> Reader:
+  shared = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+  shared |= {"num_hidden_layers": 1, "projection_dim": 4, "hidden_act": "gelu", "top_k": 50}
+  config = {
+    "model_type": "clip",
+    "projection_dim": 4,
+    "text_config": shared | {"vocab_size": 20, "eos_token_id": 2, "id2label": {"0": "a"}},
+    "text_config_dict": None,
+    "vision_config": shared | {"image_size": 28, "patch_size": 14},
+  }
+  processor = {"size": {"shortest_edge": 28}, "resample": 3, "image_mean": list(preprocess.MEAN)}
+  processor |= {"crop_size": {"height": 28, "width": 28}, "do_resize": True}
+  valid = {
+    "config.json": json.dumps(config).encode(),
+    "preprocessor_config.json": json.dumps(processor).encode(),
+    "vocab.txt": "\n".join([*bert_tokenizer.SPECIAL, "a", "cat", "##s", "中", ""]).encode(),
+  }
+
+  def change_file(dice, data):
+    if data.startswith(b"{"):
+      return change_json(dice, json.loads(data))
+    return change_bytes(dice, data)
+
+  def read(files):
+    write(folder, files)
+    config = clip_model.read_config(json_files.read_object(folder / "config.json"))
+    clip_scorers.check_preprocessor(folder / "preprocessor_config.json", config.vision.image_size)
+    bert_tokenizer.load_tokenizer(folder / "vocab.txt")(["a cat on the mat", ""])
+
+  return Reader(valid, lambda dice: one_of(dice, valid, change_file), read)
+
+
 def read_image(folder: pathlib.Path) -> Reader:
   kinds = [kind for kind in ("PNG", "JPEG", "WEBP") for _ in range(4)]
   kinds += ["GIF", "BMP", "TIFF", "AVIF"]
@@ -658,6 +691,7 @@ READERS: dict[str, Callable[[pathlib.Path], Reader]] = {
   "single_file": read_single_file,
   "lora": read_lora,
   "tokenizer": read_tokenizer,
+  "scorer": read_scorer,
   "image": read_image,
 }
 

@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import itertools
 import json
-import math
 import pathlib
 import statistics
 from collections.abc import Iterator
@@ -19,204 +18,154 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dmpo_jax import alarms, checkpoint, logs, train, watch
+from dmpo_jax import checkpoint, logs, reading, train, watch
 from dmpo_jax import config as config_lib
 
 Record = dict[str, int | float]
 
 SEVERITIES = ("error", "warning")
 _STALE = 120.0  # seconds: 12 heartbeats; a bucket's cache may show a file a minute late
-_FEW, _MANY = 8, 20  # records below which a level of validation, or of noisy batches, is not judged
-_FLAT = 0.01  # of the loss
-_STILL = 0.05  # nats: preferences within 1.3 % of a coin flip
-_EXPLODED = 4.0  # times the denoising error; the demo, whose drawings stay sharp, ends at 1.8
-_FAR = 64.0  # nats: where `losses.peak_gradient_weight` stops looking; float32 is 1 from 17 on
 _SLOWER = 0.5
 _LINES = 5  # last records whose speed is the present one
 _TEMPORARY = "orbax-checkpoint-tmp"
 
 
-class Rule(NamedTuple):
-  """A kind of finding.
-
-  Attributes:
-    severity: "error": the run does not go on, or what it makes is spoilt; or "warning".
-    title: what it is called.
-    rule: when it is found.
-    remedy: what to do.
-  """
-
-  severity: str
-  title: str
-  rule: str
-  remedy: str
-
-
 _AGAIN = "Run the same command again: it goes on from the last checkpoint."
-RULES = {
-  "bad-config": Rule(
+RULES: dict[str, reading.Rule] = {
+  "bad-config": reading.Rule(
     "error",
     "The configuration cannot be read",
     "run.json is missing, or is not a configuration of this version.",
     "Restore it from a copy: without it the run is not resumed, evaluated or exported.",
   ),
-  "not-running": Rule(
+  "not-running": reading.Rule(
     "error",
     "Not finished, and not running",
     "The last checkpoint is before the last step, and the heartbeat is older than two minutes and "
     "tells no end, or is missing: killed, out of memory, or the machine is gone.",
     _AGAIN,
   ),
-  "preempted": Rule(
+  "preempted": reading.Rule(
     "error",
     "Told to stop, and saved",
     "The heartbeat's last word is `preempted`: SIGTERM, or the platform's notice, came.",
     _AGAIN,
   ),
-  "non-finite": Rule(
+  "non-finite": reading.Rule(
     "error",
     "Stopped: loss or gradient not finite",
     "The heartbeat's last word is TrainingStopped.",
     "The same command would stop there again: lower optim.learning_rate or objective.beta in a new "
     "folder, or look at the records named.",
   ),
-  "stopped": Rule(
+  "stopped": reading.Rule(
     "error",
     "Stopped by an error",
     "The heartbeat's last word is `stopped`, for another reason than a loss that is not finite.",
     "Remove the cause, then run the same command again.",
   ),
-  "silent-process": Rule(
+  "silent-process": reading.Rule(
     "error",
     "One of several processes is silent",
     "The run goes on by process 0's heartbeat, and another process's is older than two minutes.",
     "Look at that host. The others wait for it and end by themselves; then run the command again.",
   ),
-  "stalled": Rule(
+  "stalled": reading.Rule(
     "error",
     "Stalled",
     "The run is alive, and the last file in stalls/ does not say that it went on.",
     "Read the stacks in that file: waiting for the input, for the disk, or for another process.",
   ),
-  "stall": Rule(
+  "stall": reading.Rule(
     "warning",
     "It stalled",
     "stalls/ holds a file: a step took ten times the median and more than five minutes.",
     "Read the stacks in that file; if it comes again, read ahead more, or move the data nearer.",
   ),
-  "no-checkpoint": Rule(
+  "no-checkpoint": reading.Rule(
     "error",
     "No checkpoint",
     "No complete one in checkpoints/, though the run has ended or has records of 2 x save_every.",
     "All that it did is lost: start it again; check space and rights of the disk.",
   ),
-  "checkpoint-behind": Rule(
+  "checkpoint-behind": reading.Rule(
     "error",
     "Checkpoints are missing",
     "metrics.jsonl is 2 x save_every steps or more ahead of the last checkpoint, or the run is done"
     " and its last step is not saved.",
     "Were they removed? Run the same command again: the steps after the last one are repeated.",
   ),
-  "metrics-behind": Rule(
+  "metrics-behind": reading.Rule(
     "warning",
     "Records are missing",
     "The last record is before the last multiple of log_every that the last checkpoint has passed.",
     "Was metrics.jsonl cut or replaced? The parameters are whole; the curves are not.",
   ),
-  "incomplete-checkpoint": Rule(
+  "incomplete-checkpoint": reading.Rule(
     "warning",
     "A save was not completed",
     "checkpoints/ holds a temporary folder, and nothing runs.",
     "Nothing: the next start removes it and goes on from the step before.",
   ),
-  "damaged-checkpoint": Rule(
+  "damaged-checkpoint": reading.Rule(
     "error",
     "A checkpoint is damaged",
     "Its metadata cannot be read or an item is missing; with --verify: an array cannot be read or "
     "its checksum is not the saved one.",
     "Run the command again: it puts this step aside and goes on from the one before.",
   ),
-  "set-aside": Rule(
+  "set-aside": reading.Rule(
     "warning",
     "A damaged checkpoint was put aside",
     "checkpoints-damaged/ holds a step, or checkpoints/ a folder that is not the number of one.",
     "Look at it if you want to know what was damaged; then remove it.",
   ),
-  "no-metrics": Rule(
+  "no-metrics": reading.Rule(
     "error",
     "No metrics",
     "metrics.jsonl is missing or empty, though there is a checkpoint or the run has ended.",
     "The curves are lost; the parameters are not. Check who else writes into the folder.",
   ),
-  "bad-metrics": Rule(
+  "bad-metrics": reading.Rule(
     "error",
     "metrics.jsonl is damaged",
     "A whole line is not a JSON object with an integer step.",
     "Remove that line: the run does not go on before.",
   ),
-  "metrics-order": Rule(
+  "metrics-order": reading.Rule(
     "error",
     "Steps do not ascend",
     "A record's step is not above the one before: two runs wrote here, or the file was edited.",
     "End all but one; keep one of the two records.",
   ),
-  "metrics-gap": Rule(
+  "metrics-gap": reading.Rule(
     "warning",
     "Steps are missing",
     "Two records lie more than log_every apart, and twice as far as those before and after.",
     "Lines were lost: read the curves there with care.",
   ),
-  "not-exact": Rule(
+  "not-exact": reading.Rule(
     "error",
     "The policy did not start as the reference",
     "margin_abs_max of step 0 is not exactly 0 (objectives with a reference that is computed in "
     "every step, data.reference_draws = 0).",
     "All margins are off by this much: look for what policy and reference do not share.",
   ),
-  "diverging": Rule(
-    "error",
-    "Diverging",
-    f"The denoising error is {_EXPLODED:g} times the one at the start, the mean margin beyond "
-    f"{_FAR:g} nats, or a metric not finite.",
-    "The model forgets how to denoise: take an earlier checkpoint, lower optim.learning_rate or "
-    "raise objective.beta.",
-  ),
-  "dead-zone": Rule(
-    "error",
-    "Most pairs have no gradient left",
-    f"dead_zone is at least {alarms.DEAD_SHARE} in the last {alarms.DEAD_RECORDS} records.",
-    "Lower objective.beta or optim.learning_rate in a new folder; if the pairs are ranked right, "
-    "the run has learnt what it was asked.",
-  ),
-  "flat-loss": Rule(
-    "warning",
-    "Nothing learnt yet",
-    f"After the warm-up, the loss of the last quarter of the records is within {_FLAT:.0%} of the "
-    f"first quarter's and the mean margin within {_STILL:g} nats of 0 ({_FEW} validations, or "
-    f"{_MANY} records without).",
-    "Raise optim.learning_rate or objective.beta; check that winners and losers differ.",
-  ),
-  "winners-worse": Rule(
-    "warning",
-    "Worse than the reference on the preferred images",
-    "winner_advantage of the last validation is below 0: the margin grows because the dispreferred "
-    "images are denoised worse still (likelihood displacement).",
-    "Look at samples. If it goes on falling, lower optim.learning_rate or raise objective.beta.",
-  ),
-  "zero-rate": Rule(
+  **reading.RULES,
+  "zero-rate": reading.Rule(
     "error",
     "The learning rate is zero",
     "train/learning_rate is 0 in a record; no schedule reaches it before the end.",
     "Nothing is trained from there on: check optim.schedule, warmup_steps and steps.",
   ),
-  "slower": Rule(
+  "slower": reading.Rule(
     "warning",
     "It became half as fast",
     f"Median train/pairs_per_second of the last {_LINES} records is below half of that of the "
     f"first half ({2 * _LINES} records at least, without the first, which compiles).",
     "Look at the host: other processes, a throttled device, input that is further away.",
   ),
-  "no-validation": Rule(
+  "no-validation": reading.Rule(
     "warning",
     "No validation",
     "There are records, and none holds a validation metric (methods on pairs).",
@@ -286,6 +235,10 @@ class _Run:
   def steps(self) -> int | None:
     return self.config.steps if self.config else None
 
+  @property
+  def warmup_steps(self) -> int:
+    return self.config.optim.warmup_steps if self.config else 0
+
   def age(self, process: int) -> float:
     """Seconds since a process's heartbeat."""
     then = datetime.datetime.fromisoformat(self.heartbeats[process]["time"])
@@ -303,8 +256,7 @@ class _Run:
 
   def series(self, name: str) -> list[tuple[str, float]]:
     """Where a metric was recorded, and its values, after the warm-up."""
-    first = self.config.optim.warmup_steps if self.config else 0
-    return [(w, r[name]) for w, r in self.lines if name in r and r["step"] >= first]
+    return reading.series(self.lines, name, self.warmup_steps)
 
 
 def diagnose(
@@ -537,11 +489,9 @@ def _training_faults(run: _Run) -> Iterator[Fault]:
   if has_reference:
     yield from _start_faults(run)
   if run.config is not None and run.config.objective.method not in config_lib.ON_IMAGES:
-    yield from _preference_faults(run)
     if not any(name.startswith("validation/") for _, record in run.lines for name in record):
       yield "no-validation", logs.METRICS_FILE, f"{len(run.lines)} records without"
-  yield from _divergence(run)
-  yield from _flatness(run, has_reference)
+  yield from reading.find(run.lines, warmup_steps=run.warmup_steps, has_reference=has_reference)
   for where, rate in run.series("train/learning_rate"):
     if rate == 0.0:
       yield "zero-rate", where, "train/learning_rate is 0"
@@ -558,54 +508,6 @@ def _start_faults(run: _Run) -> Iterator[Fault]:
       largest = record.get(f"{part}/margin_abs_max", 0.0)
       if record["step"] == step and largest != 0.0:
         yield "not-exact", where, f"{part}/margin_abs_max is {largest:.3g}"
-
-
-def _preference_faults(run: _Run) -> Iterator[Fault]:
-  alarm, said = alarms.DeadZoneAlarm(), None
-  for where, record in run.lines:
-    text = alarm.check(record)
-    said = (where, text) if text else said
-  if alarm.active:
-    yield "dead-zone", *said
-  advantages = run.series("validation/winner_advantage")
-  if advantages and advantages[-1][1] < 0:
-    where, advantage = advantages[-1]
-    first = next(place for place, value in advantages if value < 0)
-    yield "winners-worse", where, f"{advantage:.2e}; below 0 first in {first}"
-
-
-def _divergence(run: _Run) -> Iterator[Fault]:
-  for where, record in run.lines:
-    bad = [name for name, value in record.items() if not math.isfinite(value)]
-    if bad:
-      yield "diverging", where, f"{', '.join(bad)} not finite"
-      return
-  for part in ("validation", "train"):
-    name, margins = f"{part}/denoising_loss", run.series(f"{part}/margin")
-    errors = [(where, record[name]) for where, record in run.lines if name in record]
-    if len(errors) > 1 and errors[-1][1] > _EXPLODED * errors[0][1] > 0:
-      times = errors[-1][1] / errors[0][1]
-      yield "diverging", errors[-1][0], f"{name} is {times:.1f} times that of {errors[0][0]}"
-      return
-    if margins and abs(margins[-1][1]) > _FAR:
-      yield "diverging", margins[-1][0], f"{part}/margin is {margins[-1][1]:.3g}"
-      return
-
-
-def _flatness(run: _Run, has_margin: bool) -> Iterator[Fault]:
-  for part, enough in (("validation", _FEW), ("train", _MANY)):
-    losses = run.series(f"{part}/loss")
-    if len(losses) < enough:
-      continue
-    quarter = len(losses) // 4
-    first, last = (
-      statistics.fmean(value for _, value in each) for each in (losses[:quarter], losses[-quarter:])
-    )
-    margins = [abs(value) for _, value in run.series(f"{part}/margin")[-quarter:]]
-    still = statistics.fmean(margins) < _STILL if margins else not has_margin
-    if still and abs(last - first) < _FLAT * abs(first):
-      yield "flat-loss", losses[-1][0], f"{part}/loss went from {first:.5g} to {last:.5g}"
-    return
 
 
 def _slowness(run: _Run) -> Iterator[Fault]:

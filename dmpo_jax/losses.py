@@ -388,6 +388,45 @@ def fpo_loss(
   return loss, _collect_parts(u, slope, err_w, err_l, ref_err_w, ref_err_l)
 
 
+def f_divergence(
+  log_p: Float[Array, "*batch K"],
+  log_q: Float[Array, "*batch K"],
+  *,
+  divergence: str,
+  a: float | None = None,
+) -> Float[Array, "*batch"]:
+  """f-divergence between two laws over the same K outcomes.
+
+      D = sum_k q_k f(p_k / q_k)
+
+  f-PO (arXiv 2410.21662): with p_k = softmax_k(log-ratio of policy and reference) and q_k =
+  softmax_k(reward) over K samples of the reference it tends to the divergence between the laws
+  themselves; with K = 2 and a label it is `fpo_loss`, whose table has the f. Nothing trains on more
+  than two: this is what the two stand for.
+
+  Args:
+    log_p: the policy's log-masses; a row's masses add up to 1, as log_softmax makes them.
+    log_q: the target's.
+    divergence: one of `DIVERGENCES`.
+    a: as in `fpo_loss`.
+
+  Returns:
+    D >= 0, 0 where p = q; nats where logarithms enter.
+
+  Raises:
+    ValueError: if divergence is unknown, or if a is missing, superfluous or not finite.
+
+  From (1/4, 3/4) to (1/2, 1/2) the total variation is 1/4:
+
+  >>> import jax.numpy as jnp
+  >>> log_p, log_q = jnp.log(jnp.array([0.25, 0.75])), jnp.log(jnp.array([0.5, 0.5]))
+  >>> print(f_divergence(log_p, log_q, divergence="tv"))
+  0.25
+  """
+  chosen = _choose_divergence(divergence, a)
+  return chosen.term(_Masses(jnp.exp(log_p), log_p, jnp.exp(log_q), log_q)).sum(axis=-1)
+
+
 def peak_gradient_weight(loss: Callable[..., tuple[Array, LossParts]]) -> float:
   """Largest gradient weight |dL/du| that a loss gives to any pair.
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from dmpo_jax import figures, report_page, report_style, report_table
+from dmpo_jax import figures, reading, report_page, report_style, report_table
 
 PREFERENCE = (
   "What “preferred” means here: a prompt is a keyword that several emoji share, and of two such "
@@ -94,7 +94,7 @@ def write_report(
       _grid_section(grids, strips),
       _shift_section(shifts),
       report_page.result_section(summary, plots, curve or []),
-      report_page.curve_section(metrics, panels, curves),
+      report_page.curve_section(_verdicts(summary, metrics, config), panels, curves),
       report_page.run_section(summary, metrics, config, command),
     ],
   )
@@ -190,6 +190,15 @@ def _pictures(grids, strips, curves, plots, theme: str) -> dict[str, bytes]:
     first = [parts[0] for parts in strips[:README_GRIDS]]
     pictures["grids"] = figures.encode(figures.labelled_grid(captions, first, theme))
   return pictures
+
+
+def _verdicts(summary: dict, metrics: list[dict], config: dict) -> list[reading.Verdict]:
+  rmse = tuple(summary[model]["rmse"]["mean"] for model in ("reference", "policy"))
+  return reading.read(
+    metrics,
+    warmup_steps=config.get("optim", {}).get("warmup_steps", 0),
+    rmse=rmse if all(map(report_table.known, rmse)) else None,
+  )
 
 
 def _title(summary: dict) -> str:

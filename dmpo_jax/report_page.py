@@ -5,10 +5,11 @@ Every string from outside passes `text` before it is put between tags or quotes.
 
 import base64
 import html
+import re
 import statistics
 from collections.abc import Sequence
 
-from dmpo_jax import figures, report_style, report_table
+from dmpo_jax import figures, reading, report_style, report_table
 
 # The licences ask for these lines wherever the pictures and the counts appear.
 ATTRIBUTION = (
@@ -84,9 +85,11 @@ def result_section(summary: dict, plots: dict[str, list[bytes]], curve: list[dic
 
 
 def curve_section(
-  metrics: Sequence[dict], panels: Sequence[figures.Panel], curves: dict[str, list[bytes]]
+  verdicts: Sequence[reading.Verdict],
+  panels: Sequence[figures.Panel],
+  curves: dict[str, list[bytes]],
 ) -> str:
-  """The training curves, {theme: [one PNG per panel]}, and a warning if winners got worse."""
+  """What the training curves say, and the curves, {theme: [one PNG per panel]}."""
   if not panels:
     return '<section>\n<h2>Training</h2>\n<p class="note">No training records.</p>\n</section>'
   pictures = [
@@ -94,30 +97,35 @@ def curve_section(
     for panel, light, dark in zip(panels, curves["light"], curves["dark"], strict=True)
   ]
   return (
-    "<section>\n<h2>Training</h2>\n"
+    f"<section>\n<h2>Training</h2>\n{_say(verdicts)}"
     '<p class="note">Pale: each record; solid: its moving average. The margin u is the policy’s '
     "preference for the winner beyond the reference’s, in nats; an advantage is the reference’s "
     "denoising error less the policy’s, so above 0 the policy is better. A margin can grow while "
     "both advantages fall, so watch them apart. Dead zone: the gradient weight is under 5 % of its "
-    f"peak. Validation reuses the same noise and timesteps every time.</p>\n{_alarm(metrics)}"
+    "peak. Validation reuses the same noise and timesteps every time.</p>\n"
     f'<div class="panels">{"".join(pictures)}</div>\n</section>'
   )
 
 
-def _alarm(metrics: Sequence[dict]) -> str:
-  for split in ("validation", "train"):
-    values = figures.series(metrics, f"{split}/winner_advantage")[1]
-    if len(values):
-      last = float(figures.moving_average(values)[-3:].mean())
-      if last >= 0:
-        return ""
-      amount = f"{last:.2g}".replace("-", "−")
-      return (
-        '<p class="note alarm">At the end the policy denoises the winners worse than the '
-        f"reference does ({split} winner advantage {amount}): a positive margin can then only "
-        "come from losers that got worse still.</p>\n"
-      )
-  return ""
+def _say(verdicts: Sequence[reading.Verdict]) -> str:
+  """Each verdict in words: what, where it was met, by which rule, and what to do."""
+  items = [
+    f'<div class="verdict {verdict.rule.severity}"><p><b>{text(verdict.rule.title)}.</b> '
+    f"{text(verdict.where.capitalize())}: {text(_minus(verdict.detail))}.</p>"
+    f'<p class="note">Rule: {text(verdict.rule.rule)} What to do: '
+    f"{text(verdict.rule.remedy)}</p></div>\n"
+    for verdict in verdicts
+  ]
+  return f'<h3>What the curves say</h3>\n<div class="verdicts">\n{"".join(items)}</div>\n'
+
+
+def _minus(words: str) -> str:
+  """True minus signs before digits, as in the figures; hyphens between words stay.
+
+  >>> _minus("winner-advantage -2.0e-04")
+  'winner-advantage −2.0e−04'
+  """
+  return re.sub(r"(?<![A-Za-z])-(?=\d)|(?<=\de)-(?=\d)", "−", words)
 
 
 def run_section(summary: dict, metrics: Sequence[dict], config: dict, command: str) -> str:

@@ -71,7 +71,11 @@ p{max-width:70ch;margin:0 0 14px}
 .lede{font-size:1.2rem;line-height:1.55;max-width:74ch}
 .note{color:var(--muted);font-size:.9rem;line-height:1.55}
 .after{margin-top:16px}
-.alarm{border-left:3px solid var(--worse);padding-left:14px}
+.verdicts{display:grid;gap:14px;margin:14px 0 22px}
+.verdict{border-left:3px solid var(--validation);padding-left:14px}
+.verdict.error{border-color:var(--worse)}
+.verdict.good{border-color:var(--better)}
+.verdict p{margin:0 0 4px}
 img{display:block;max-width:100%;height:auto}
 a{color:inherit;text-decoration-color:var(--reference);text-underline-offset:2px}
 .num,td,dd{font-variant-numeric:tabular-nums}

@@ -10,6 +10,7 @@ name; the leaf says its layout. Both directions are numpy only and inverse to ea
 | scale, embedding  | `weight`          | as it is                |
 | bias              | `bias`            | as it is                |
 | class_embedding   | `class_embedding` | as it is                |
+| logit_scale       | `logit_scale`     | as it is                |
 """
 
 import difflib
@@ -23,13 +24,14 @@ import numpy as np
 
 from dmpo_jax import safetensors_io
 
-# CLIP's vision model has a parameter of its own that is called class_embedding.
+# CLIP's vision model has a parameter of its own that is called class_embedding, CLIP logit_scale.
 _TENSOR_LEAVES = {
   "kernel": "weight",
   "scale": "weight",
   "embedding": "weight",
   "bias": "bias",
   "class_embedding": "class_embedding",
+  "logit_scale": "logit_scale",
 }
 
 CUTOFF = 0.85  # difflib's ratio from which a name is taken for another's misspelling
@@ -55,7 +57,7 @@ def to_diffusers(params: Mapping[str, Any]) -> safetensors_io.Tensors:
     parameters stands in memory.
 
   Raises:
-    ValueError: a leaf is not called kernel, bias, scale, embedding or class_embedding.
+    ValueError: a leaf is of no kind that the table above has.
 
   >>> to_diffusers({"proj": {"kernel": np.zeros((2, 3))}})["proj.weight"].shape
   (3, 2)

@@ -6,7 +6,7 @@ import jax
 import pytest
 import tiny
 
-from dmpo_jax import alarms, base, logs, stages, tasks, train
+from dmpo_jax import alarms, base, logs, reading, stages, tasks, train
 
 
 def said(alarm, *shares, part="train", accuracy=0.5):
@@ -58,8 +58,11 @@ def test_a_run_with_a_huge_beta_is_told_once_and_a_good_one_never(tiny_base, tin
   shares = [record["train/dead_zone"] for record in records[1:]]
   assert shares[0] == 0.0 and min(shares[1:]) >= alarms.DEAD_SHARE
   assert told[0].startswith("step 4: train/dead_zone is ")
+  (verdict,) = [each for each in reading.read(records) if each.code == "dead-zone"]
+  assert verdict.where == "step 4" and verdict.detail in told[0]
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     records = run(tiny_base, tiny_data, tmp_path / "good", **settings)
   assert not [each for each in caught if "dead_zone" in str(each.message)]
   assert max(record["train/dead_zone"] for record in records[1:]) < 0.5
+  assert "dead-zone" not in [each.code for each in reading.read(records)]

@@ -198,6 +198,13 @@ def flat(records):
   return set_all(records, **{"validation/loss": 1.6, "validation/margin": 0.0})
 
 
+def pay(records):
+  """The preference grows, and the denoising error with it."""
+  start = records[0]["validation/denoising_loss"]
+  last = {"validation/denoising_loss": 2.8 * start, "validation/margin": 1.0}
+  return set_all(records, 24, **last)
+
+
 def slow(records):
   speeds = {record["step"]: 100.0 if record["step"] < 18 else 40.0 for record in records[1:]}
   return records[:1] + [
@@ -255,6 +262,7 @@ FAULTS = {
     lambda out: edit(out, lambda r: set_all(r, 20, **{"validation/denoising_loss": 99.0})),
     "times that of metrics.jsonl, line 1 (step 0)",
   ),
+  "over-optimised": (lambda out: edit(out, pay), "2.8 times that of"),
   "dead-zone": (
     lambda out: edit(out, lambda r: set_all(r, 22, **{"train/dead_zone": 0.97})),
     "train/dead_zone is 0.97",

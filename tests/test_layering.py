@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dmpo_jax"
 LEVELS = {
   0: ["__init__", "config", "types", "credentials"],
   1: ["models", "losses", "other_losses", "safeguards", "diffusion", "lora"],
-  2: ["data", "weights", "sharding", "optimizer"]
+  2: ["data", "scorers", "weights", "sharding", "optimizer"]
   + ["safetensors_io", "single_file", "single_file_configs", "lora_files", "hub"]
   + ["json_files", "paths"],
   3: [
@@ -24,7 +24,7 @@ LEVELS = {
     "figures",
   ]
   + ["program", "hlo", "alarms", "watch", "report_page", "report_table", "report_style"]
-  + ["doctor_picture", "doctor_data", "doctor_page", "inversion"],
+  + ["doctor_picture", "doctor_data", "doctor_page", "reading", "inversion"],
   4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
   + ["check_export", "doctor", "doctor_run", "plan", "reference_cache", "profiling", "rounds"],
   5: ["cli"],

@@ -49,6 +49,7 @@ LOSSES = {
     for a in (-1.0, 0.1, 0.3, 0.5, 0.9, 1.5, 2.0)
   },
 }
+NO_DIVERGENCE = ("dmpo", "dpo", "dpo_smoothed", "ipo")
 EXPONENTIAL = ("neyman_chi2", "alpha(1.5)", "alpha(2.0)")
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -326,6 +327,26 @@ def test_ipos_minimum_is_a_gap_of_one_over_beta():
 
 
 # Several samples, and continuous laws: what the two-point losses stand for
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in NO_DIVERGENCE])
+def test_f_divergence_is_its_definition_and_on_two_outcomes_the_pairs_loss(name):
+  divergence, _, order = name.partition("(")
+  settings = {"divergence": divergence}
+  settings |= {"a": float(order[:-1])} if order else {}
+  rng = np.random.default_rng(0)
+  p, q = (oracles.softmax(1.5 * rng.normal(size=(3, 6))) for _ in range(2))
+  generator = oracles.GENERATORS.get(divergence)
+  generator = generator or oracles.alpha_generator(settings["a"])
+  found = losses.f_divergence(
+    *(jnp.asarray(np.log(law), jnp.float32) for law in (p, q)), **settings
+  )
+  np.testing.assert_allclose(found, oracles.f_divergence(p, q, generator), rtol=1e-4)
+  u = np.array([-3.0, 0.0, 2.0])
+  laws = oracles.preference(u), np.broadcast_to(oracles.smoothed_label(ALPHA), (3, 2))
+  logs = (jnp.asarray(np.log(law), jnp.float32) for law in laws)
+  found = losses.f_divergence(*logs, **settings)
+  np.testing.assert_allclose(found, at(LOSSES[name][0], u)[0], rtol=1e-4, atol=1e-6)
 
 
 def central_gradient(objective, x, step=1e-5):

@@ -126,7 +126,8 @@ def page(hostile):
 def test_text_from_outside_stays_text(page):
   assert "script" not in page.tags
   assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-  assert page.tags.count("b") == 4 + 2 + 1 + 8  # tiles, grids, shift, its bars: none from outside
+  # Tiles, grids, shift, its bars, verdicts: none from outside.
+  assert page.tags.count("b") == 4 + 2 + 1 + 8 + 2
   # Two captions, two splits, six names of bars, device, version (2), pairs, stage, setting (2),
   # command, split of the curve.
   assert page.text.count("<script>alert(1)</script>") == 19
@@ -179,11 +180,29 @@ def test_full_configuration_versions_and_times_are_shown(page):
   assert "not a rating of a drawing" in page.text
 
 
-def test_alarm_when_winners_got_worse(page, tmp_path):
-  assert "worse than the reference does (validation winner advantage −0.0002)" in page.text
-  metrics = [{"step": 0, "train/winner_advantage": 1e-4}]
-  page = page_reader.Reader(write(tmp_path, metrics=metrics).read_text("utf-8"))
-  assert "worse than" not in page.text
+def test_curves_are_read_with_their_rules(page, tmp_path):
+  said = (
+    "Worse than the reference on the preferred images. Step 40: winner_advantage is −2.00e−04; "
+  )
+  assert f"{said}below 0 first in step 0; the margin is 0.1 nats." in page.text
+  assert "Rule: winner_advantage of the last validation is below 0" in page.text
+  blurred = "Evaluation: RMSE 0.031 is 1.7 times the reference's 0.018, and validation/margin 0.1"
+  assert blurred in page.text
+  summary = make_summary() | {"policy": model(0.942, 0.020, 0.664, 0.652)}
+  records = [
+    {"step": step, "validation/margin": 0.1 * step, "validation/winner_advantage": 1e-4}
+    for step in range(10)
+  ]
+  config = {"optim": {"warmup_steps": 2}}
+  written = write(tmp_path / "good", metrics=records, summary=summary, config=config)
+  text = page_reader.Reader(written.read_text("utf-8")).text
+  assert "Healthy. Step 9: validation/margin is 0.85 nats" in text and "Worse than" not in text
+  config = {"optim": {"warmup_steps": 3}}  # one validation too few after it
+  written = write(tmp_path / "few", metrics=records, summary=summary, config=config)
+  assert (
+    "Too early to tell. Step 9: 7 validations"
+    in page_reader.Reader(written.read_text("utf-8")).text
+  )
 
 
 def test_bare_report(tmp_path):

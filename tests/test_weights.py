@@ -105,7 +105,9 @@ def test_layouts_by_hand():
   assert tensors["blocks.0.dense.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
   assert tensors["table.weight"].tolist() == [[0, 1], [2, 3], [4, 5]]
   assert tensors["vision_model.embeddings.class_embedding"].tolist() == [0, 1, 2, 3]
-  with pytest.raises(ValueError, match="'lora.down': expected a leaf kernel, .*, class_embedding"):
+  with pytest.raises(
+    ValueError, match="'lora.down': expected a leaf kernel, .*, class_embedding, logit_scale"
+  ):
     weights.to_diffusers({"lora": {"down": np.zeros(2)}})
 
 

@@ -321,6 +321,23 @@ VISION_SMALL = VISION_H_FULL | {
   "projection_dim": 12,
 }
 
+# A CLIPModel in small; a caption's length is that of real ones, 77.
+CLIP_TEXT_SMALL = {
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "max_position_embeddings": 77,
+  "num_attention_heads": 4,
+  "num_hidden_layers": 2,
+}
+CLIP_VISION_SMALL = {
+  "hidden_size": 40,
+  "image_size": 28,
+  "intermediate_size": 56,
+  "num_attention_heads": 2,
+  "num_hidden_layers": 3,
+  "patch_size": 14,
+}
+
 
 def unet(config, seed=0):
   """A diffusers UNet2DConditionModel with random weights."""
@@ -345,6 +362,144 @@ def bare_clip(config):
   return getattr(transformers, name)(kind(**settings))
 
 
+class OpenClip(torch.nn.Module):
+  """OpenCLIP's CLIP with its own tensor names and layouts, written out in plain PyTorch.
+
+  Source: github.com/mlfoundations/open_clip, src/open_clip/model.py and transformer.py.
+  """
+
+  def __init__(self, text, vision, embed_dim):
+    super().__init__()
+    self.visual = OpenClipVision(vision, embed_dim)
+    width, layers, heads = text["hidden_size"], text["num_hidden_layers"], text["heads"]
+    self.token_embedding = torch.nn.Embedding(text["vocab_size"], width)
+    self.positional_embedding = torch.nn.Parameter(torch.empty(77, width))
+    self.transformer = OpenClipTransformer(width, text["intermediate_size"], layers, heads)
+    self.ln_final = torch.nn.LayerNorm(width)
+    self.text_projection = torch.nn.Parameter(torch.empty(width, embed_dim))
+    self.logit_scale = torch.nn.Parameter(torch.empty(()))
+
+  def encode_text(self, ids):
+    length = ids.shape[1]
+    mask = torch.full((length, length), -torch.inf).triu(1)
+    x = self.transformer(self.token_embedding(ids) + self.positional_embedding[:length], mask)
+    x = self.ln_final(x)[torch.arange(len(ids)), ids.argmax(-1)]
+    return torch.nn.functional.normalize(x @ self.text_projection, dim=-1)
+
+  def encode_image(self, pixels):
+    return torch.nn.functional.normalize(self.visual(pixels), dim=-1)
+
+
+class OpenClipVision(torch.nn.Module):
+  """The image half of `OpenClip`."""
+
+  def __init__(self, c, embed_dim):
+    super().__init__()
+    width, patch = c["hidden_size"], c["patch_size"]
+    self.conv1 = torch.nn.Conv2d(3, width, patch, patch, bias=False)
+    self.class_embedding = torch.nn.Parameter(torch.empty(width))
+    places = (c["image_size"] // patch) ** 2 + 1
+    self.positional_embedding = torch.nn.Parameter(torch.empty(places, width))
+    self.ln_pre, self.ln_post = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+    self.transformer = OpenClipTransformer(
+      width, c["intermediate_size"], c["num_hidden_layers"], c["heads"]
+    )
+    self.proj = torch.nn.Parameter(torch.empty(width, embed_dim))
+
+  def forward(self, pixels):
+    x = self.conv1(pixels).flatten(2).transpose(1, 2)
+    first = self.class_embedding.expand(len(x), 1, -1)
+    x = self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
+    return self.ln_post(self.transformer(x, None)[:, 0]) @ self.proj
+
+
+class OpenClipTransformer(torch.nn.Module):
+  def __init__(self, width, inner, layers, heads):
+    super().__init__()
+    self.resblocks = torch.nn.ModuleList(OpenClipBlock(width, inner, heads) for _ in range(layers))
+
+  def forward(self, x, mask):
+    for block in self.resblocks:
+      x = block(x, mask)
+    return x
+
+
+class OpenClipBlock(torch.nn.Module):
+  def __init__(self, width, inner, heads):
+    super().__init__()
+    self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+    self.attn = torch.nn.MultiheadAttention(width, heads, batch_first=True)
+    self.mlp = torch.nn.Sequential()
+    self.mlp.add_module("c_fc", torch.nn.Linear(width, inner))
+    self.mlp.add_module("gelu", torch.nn.GELU())
+    self.mlp.add_module("c_proj", torch.nn.Linear(inner, width))
+
+  def forward(self, x, mask):
+    hidden = self.ln_1(x)
+    x = x + self.attn(hidden, hidden, hidden, need_weights=False, attn_mask=mask)[0]
+    return x + self.mlp(self.ln_2(x))
+
+
+def linear_head(width):
+  """The head of LAION's aesthetic predictor and of ImageReward, as its source has it."""
+  nn = torch.nn
+  return nn.Sequential(
+    nn.Linear(width, 1024),
+    nn.Dropout(0.2),
+    nn.Linear(1024, 128),
+    nn.Dropout(0.2),
+    nn.Linear(128, 64),
+    nn.Dropout(0.1),
+    nn.Linear(64, 16),
+    nn.Linear(16, 1),
+  )
+
+
+class ImageReward(torch.nn.Module):
+  """BLIP of transformers and the head of ImageReward: github.com/THUDM/ImageReward."""
+
+  def __init__(self, vision, text):
+    super().__init__()
+    text = transformers.BlipTextConfig(encoder_hidden_size=vision["hidden_size"], **text)
+    text._attn_implementation = "eager"
+    self.vision = transformers.BlipVisionModel(
+      transformers.BlipVisionConfig(layer_norm_eps=1e-6, **vision)
+    )
+    self.text = transformers.BlipTextModel(text, add_pooling_layer=False)
+    self.mlp = linear_head(text.hidden_size)
+
+  def forward(self, pixels, ids, mask):
+    states = self.vision(pixels).last_hidden_state
+    texts = self.text(ids, attention_mask=mask, encoder_hidden_states=states).last_hidden_state
+    return (self.mlp(texts[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+  def published(self):
+    """The state dict under the names that ImageReward.pt has."""
+    replacements = (
+      ("vision.embeddings.class_embedding", "blip.visual_encoder.cls_token"),
+      ("vision.embeddings.position_embedding", "blip.visual_encoder.pos_embed"),
+      ("vision.embeddings.patch_embedding", "blip.visual_encoder.patch_embed.proj"),
+      ("vision.encoder.layers", "blip.visual_encoder.blocks"),
+      ("vision.post_layernorm", "blip.visual_encoder.norm"),
+      ("layer_norm", "norm"),
+      ("self_attn.projection", "attn.proj"),
+      ("self_attn.qkv", "attn.qkv"),
+    )
+    named = {}
+    for name, value in self.state_dict().items():
+      name = f"mlp.layers.{name[4:]}" if name.startswith("mlp.") else name
+      name = f"blip.text_encoder.{name[5:]}" if name.startswith("text.") else name
+      for theirs, ours in replacements:
+        name = name.replace(theirs, ours)
+      named[name] = value
+    width = self.text.config.hidden_size
+    named["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
+    for half, columns in (("vision", self.vision.config.hidden_size), ("text", width)):
+      named[f"blip.{half}_proj.weight"] = torch.zeros(256, columns)
+      named[f"blip.{half}_proj.bias"] = torch.zeros(256)
+    return named
+
+
 def public(config):
   """Without the fields that only say who wrote the file."""
   return {name: value for name, value in config.items() if not name.startswith("_")}
@@ -360,7 +515,7 @@ def randomise(model, seed):
         value *= np.prod(parameter.shape[1:]) ** -0.5
       else:
         value = 0.1 * value + float(name.endswith("weight"))
-      parameter.copy_(torch.from_numpy(value))
+      parameter.copy_(torch.as_tensor(value))  # logit_scale is a number
   return model.eval()
 
 

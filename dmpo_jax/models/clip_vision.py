@@ -97,10 +97,11 @@ class CLIPVisionModelWithProjection(nn.Module):
 
 
 class Embeddings(nn.Module):
-  """Class token and patches, each with its position."""
+  """Class token and patches, each with its position; BLIP's patches have a bias, CLIP's none."""
 
   config: CLIPVisionConfig
   dtype: DTypeLike
+  patch_bias: bool = False
 
   @nn.compact
   def __call__(self, pixel_values):
@@ -111,7 +112,7 @@ class Embeddings(nn.Module):
       (c.patch_size, c.patch_size),
       c.patch_size,
       padding="VALID",
-      use_bias=False,
+      use_bias=self.patch_bias,
       dtype=self.dtype,
       name="patch_embedding",
     )(pixel_values.astype(self.dtype)).reshape(batch, -1, c.hidden_size)
