@@ -5,7 +5,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,22 +87,28 @@ def images_per_device(latent_shape: tuple[int, int, int]) -> int:
   return max(1, min(BATCH_PER_DEVICE, POSITIONS_PER_DEVICE // math.prod(latent_shape[:2])))
 
 
-def make_sampler(
-  base: base_lib.Base, config: config_lib.SamplingConfig, *, negative_prompt: str | None = None
-) -> Callable[..., Float[np.ndarray, "n H W 3"]]:
-  """A function (unet_params, text_params, prompts [n], noise [n, h, w, c]) -> images in [-1, 1].
+class BatchSampler(NamedTuple):
+  """Sampling batch by batch, with parameters that stay on the devices in between.
 
-  It works in batches of one size over all devices, so that it compiles once.
-
-  Args:
-    negative_prompt: for guidance; None is the empty prompt, or what the base has in its place.
-
-  Raises:
-    ValueError: a sampler or a number of steps that the base's schedule does not allow.
+  Attributes:
+    place: (unet_params, text_params) -> the parameters on all devices, with the VAE's.
+    size: count -> images of one batch where `count` are wanted in all; a multiple of the devices.
+    draw: (placed, token ids [n, ...], noise [n, h, w, c], source images or None) -> images
+      [n, H, W, 3] in [-1, 1]; n images are one batch. It compiles once for each n.
   """
+
+  place: Callable[[Any, Any], Any]
+  size: Callable[[int], int]
+  draw: Callable[..., Float[np.ndarray, "n H W 3"]]
+
+
+def make_batch_sampler(
+  base: base_lib.Base, config: config_lib.SamplingConfig, *, negative_prompt: str | None = None
+) -> BatchSampler:
+  """Sampling over all devices, see `make_sampler`."""
   mesh = sharding.make_mesh()
   plan = sample.make_plan(base.schedule, config.steps, config.sampler)
-  denoiser, vae_params = base.denoiser(), base.params["vae"]
+  denoiser = base.denoiser()
   negative_ids = base.tokenizer([negative_prompt or ""])
   zero = negative_prompt is None and base.zero_negative
   largest = images_per_device(base.latent_shape)
@@ -133,20 +139,44 @@ def make_sampler(
     )
     return base.decode(vae_params, latents)
 
+  def place(unet_params, text_params):
+    replicated = sharding.replicated(mesh)
+    params = (unet_params, text_params, base.params["vae"])
+    return [sharding.put_tree(each, replicated) for each in params]
+
+  def draw(placed, input_ids, noise, sources=None):
+    part = (input_ids, noise, noise_keys(noise), sources)
+    return np.asarray(generate(*placed, sharding.put_batch(part, mesh)))
+
+  return BatchSampler(place, lambda count: mesh.size * min(largest, -(-count // mesh.size)), draw)
+
+
+def make_sampler(
+  base: base_lib.Base, config: config_lib.SamplingConfig, *, negative_prompt: str | None = None
+) -> Callable[..., Float[np.ndarray, "n H W 3"]]:
+  """A function (unet_params, text_params, prompts [n], noise [n, h, w, c]) -> images in [-1, 1].
+
+  It works in batches of one size over all devices, so that it compiles once.
+
+  Args:
+    negative_prompt: for guidance; None is the empty prompt, or what the base has in its place.
+
+  Raises:
+    ValueError: a sampler or a number of steps that the base's schedule does not allow.
+  """
+  sampler = make_batch_sampler(base, config, negative_prompt=negative_prompt)
+
   def run(unet_params, text_params, prompts, noise, title="sampling", sources=None):
     if (sources is not None) != base.edits:
       expected = "one for each prompt" if base.edits else "none: this base does not edit images"
       raise ValueError(f"source images: expected {expected}")
-    replicated = sharding.replicated(mesh)
-    params = [sharding.put_tree(p, replicated) for p in (unet_params, text_params, vae_params)]
-    whole = (base.tokenizer(list(prompts)), noise, noise_keys(noise), sources)
+    placed, input_ids = sampler.place(unet_params, text_params), base.tokenizer(list(prompts))
     count = len(prompts)
-    size = mesh.size * min(largest, -(-count // mesh.size))
-    images = []
+    size, images = sampler.size(count), []
+    whole = (input_ids, noise, sources)
     with logs.progress(count, 0, title) as bar:
-      for part, own in cut_rows(whole, count, size):
-        batch = sharding.put_batch(part, mesh)
-        images.append(np.asarray(generate(*params, batch))[:own])
+      for (ids, drawn_from, shown), own in cut_rows(whole, count, size):
+        images.append(sampler.draw(placed, ids, drawn_from, shown)[:own])
         bar.update(own)
     return np.concatenate(images)
 

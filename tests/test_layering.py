@@ -11,7 +11,7 @@ LEVELS = {
   1: ["models", "losses", "other_losses", "safeguards", "diffusion", "lora"],
   2: ["data", "scorers", "weights", "sharding", "optimizer"]
   + ["safetensors_io", "single_file", "single_file_configs", "lora_files", "hub"]
-  + ["json_files", "paths"],
+  + ["json_files", "paths", "prompt_sets"],
   3: [
     "train_step",
     "objectives",
@@ -24,8 +24,10 @@ LEVELS = {
     "figures",
   ]
   + ["program", "hlo", "alarms", "watch", "report_page", "report_table", "report_style"]
-  + ["doctor_picture", "doctor_data", "doctor_page", "reading", "inversion"],
+  + ["doctor_picture", "doctor_data", "doctor_page", "reading", "inversion"]
+  + ["comparison_page", "vote_page"],
   4: ["tasks", "train", "evaluate", "export", "stages", "emoji_base", "import_file"]
+  + ["compare", "compare_images", "compare_scores", "comparison", "votes"]
   + ["check_export", "doctor", "doctor_run", "plan", "reference_cache", "profiling", "rounds"],
   5: ["cli"],
 }
