@@ -69,13 +69,17 @@ def bootstrap(
 def initial_noise(
   prompts: Sequence[str], images_per_prompt: int, shape: tuple[int, int, int], seed: int
 ) -> Float[np.ndarray, "p s h w c"]:
+  """`noise_of` each prompt and each number of an image."""
+  numbers = range(images_per_prompt)
+  return np.stack([[noise_of(prompt, n, shape, seed) for n in numbers] for prompt in prompts])
+
+
+def noise_of(
+  prompt: str, number: int, shape: tuple[int, int, int], seed: int
+) -> Float[np.ndarray, "h w c"]:
   """N(0, I) as a function of (seed, prompt, image number): the same whatever else is sampled."""
-
-  def draw(prompt, number):
-    generator = np.random.default_rng((seed, zlib.crc32(prompt.encode()), number))
-    return generator.standard_normal(shape, np.float32)
-
-  return np.stack([[draw(p, n) for n in range(images_per_prompt)] for p in prompts])
+  generator = np.random.default_rng((seed, zlib.crc32(prompt.encode()), number))
+  return generator.standard_normal(shape, np.float32)
 
 
 def images_per_device(latent_shape: tuple[int, int, int]) -> int:

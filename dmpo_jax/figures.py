@@ -93,19 +93,38 @@ def comparison_strip(
     better: per sample +1, 0 (tie: no mark) or -1.
     columns: width in samples, at least n (default n); the rest stays empty.
   """
-  pitch = _CELL + _GAP
-  canvas = Image.new("RGBA", ((columns or len(better)) * pitch - _GAP, 2 * pitch - _GAP))
-  draw = ImageDraw.Draw(canvas)
+  canvas = sample_rows([reference, policy], columns)
+  draw, pitch = ImageDraw.Draw(canvas), _CELL + _GAP
   for column, mark in enumerate(better):
     left = column * pitch
-    for top, samples in ((0, reference), (pitch, policy)):
-      canvas.paste(enlarge(samples[column]), (left, top))
     if mark:
       _mark_corner(draw, left + _CELL - 1, pitch, better=mark > 0)
-    for top in (0, pitch):
-      box = (left, top, left + _CELL - 1, top + _CELL - 1)
-      draw.rectangle(box, outline="#b9bbbf", width=2)
+      _outline(draw, left, pitch)
   return canvas
+
+
+def sample_rows(
+  rows: Sequence[UInt8[np.ndarray, "n H W 3"]], columns: int | None = None
+) -> Image.Image:
+  """A row for each model, the same seed in each column; RGBA with transparent gaps.
+
+  Args:
+    columns: width in samples, at least n (default n); the rest stays empty.
+  """
+  pitch = _CELL + _GAP
+  size = ((columns or len(rows[0])) * pitch - _GAP, len(rows) * pitch - _GAP)
+  canvas = Image.new("RGBA", size)
+  draw = ImageDraw.Draw(canvas)
+  for number, samples in enumerate(rows):
+    for column, sample in enumerate(samples):
+      canvas.paste(enlarge(sample), (column * pitch, number * pitch))
+      _outline(draw, column * pitch, number * pitch)
+  return canvas
+
+
+def _outline(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
+  box = (left, top, left + _CELL - 1, top + _CELL - 1)
+  draw.rectangle(box, outline="#b9bbbf", width=2)
 
 
 def _mark_corner(draw: ImageDraw.ImageDraw, right: int, top: int, *, better: bool) -> None:

@@ -45,15 +45,15 @@ def themed(light: bytes, dark: bytes, alternative: str) -> str:
   )
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-  """The whole document around `sections`, which are HTML; `title` is text."""
+def page(title: str, sections: Sequence[str], footer: str = ATTRIBUTION) -> str:
+  """The whole document around `sections` and `footer`, which are HTML; `title` is text."""
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
     '<meta name="color-scheme" content="light dark">\n'
     f"<title>{text(title)}</title>\n<style>\n{report_style.style_sheet()}</style>\n</head>\n<body>\n"
     "<main>\n" + "\n".join(section for section in sections if section) + "\n"
-    f'<footer class="note">{ATTRIBUTION}</footer>\n</main>\n</body>\n</html>\n'
+    f'<footer class="note">{footer}</footer>\n</main>\n</body>\n</html>\n'
   )
 
 

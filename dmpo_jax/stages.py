@@ -228,7 +228,7 @@ def encoder(base: base_lib.Base) -> encode_shard.EncodeImages:
   """Pictures [n, H, W, 3] -> moments, n a multiple of this process's devices, which share them."""
   mesh = sharding.make_mesh(devices=jax.local_devices())
   batches = sharding.batch_sharding(mesh)
-  params = jax.device_put(base.part_params("vae"), sharding.replicated(mesh))
+  params = sharding.put_tree(base.part_params("vae"), sharding.replicated(mesh))
   encode_fn = jax.jit(base.encode, in_shardings=(None, batches), out_shardings=batches)
   return lambda batch: np.asarray(encode_fn(params, sharding.put_batch(batch, mesh)))
 
