@@ -47,8 +47,13 @@ THEMES = {"light": LIGHT, "dark": DARK}
 
 def style_sheet() -> str:
   """The page's CSS: both themes, no outside font or file."""
+  return f"{variables()}\n{_RULES}"
+
+
+def variables() -> str:
+  """The colours of both themes as CSS variables, one for each field of `Palette`."""
   return f":root{{color-scheme:light dark;{_variables(LIGHT)}}}\n" + (
-    f"@media (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}\n{_RULES}"
+    f"@media (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}"
   )
 
 
