@@ -120,10 +120,38 @@ def make_parser() -> argparse.ArgumentParser:
   sample.add_argument("--seed", type=int, default=0)
   folder(sample, "--out", "folder for grid.png and the single images")
 
-  evaluate = add("evaluate", run_evaluate, "policy against reference on held-out couples")
-  folder(evaluate, "--run", "folder of the training run")
-  folder(evaluate, "--out", "folder for evaluation.json and the samples")
-  evaluate.add_argument("--split", choices=("validation", "test"), default="test")
+  evaluate = add("evaluate", run_evaluate, "compare models: which is better, and by how much")
+  evaluate.add_argument(
+    "models",
+    nargs="*",
+    metavar="[NAME=]MODEL",
+    help="two or more: run folders, diffusers folders, hub ids, emoji; the first is the baseline",
+  )
+  folder(evaluate, "--run", "in place of models: a run, against its own reference", required=False)
+  folder(evaluate, "--out", "folder for what is found; run again to go on")
+  evaluate.add_argument("--split", choices=("validation", "test"), default="test", help="of emoji")
+  evaluate.add_argument(
+    "--prompts",
+    action="append",
+    default=[],
+    metavar="FILE",
+    help="a set of prompts (.txt, .json, .jsonl, .tsv), or the word emoji; may be repeated",
+  )
+  evaluate.add_argument(
+    "--scorer", action="append", default=[], metavar="NAME=PATH", help="may be repeated"
+  )
+  evaluate.add_argument("--seed", type=int, help="of the noise (default: 1)")
+  evaluate.add_argument(
+    "--vote-pairs", type=int, help="pairs of images on the page for people (default: 60; 0: none)"
+  )
+  evaluate.add_argument(
+    "--votes",
+    action="append",
+    type=pathlib.Path,
+    default=[],
+    metavar="FILE",
+    help="in place of models: votes that came back, to join with the comparison in --out",
+  )
 
   export = add("export", run_export, "write a trained run as a diffusers folder, file or LoRA")
   folder(export, "--run", "folder of the training run")
@@ -361,11 +389,53 @@ def run_sample(options, overrides, command) -> None:
 def run_evaluate(options, overrides, command) -> None:
   """`dmpo evaluate`."""
   del command
+  if sum(map(bool, (options.models, options.run, options.votes))) != 1:
+    raise ValueError(
+      "evaluate: expected two or more models, or --run, or --votes: one of the three"
+    )
+  for name in ("prompts", "scorer", "seed", "vote_pairs"):
+    if not options.models and getattr(options, name) not in (None, []):
+      other = "--run" if options.run else "--votes"
+      raise ValueError(f"--{name.replace('_', '-')}: is for models to compare, not for {other}")
+  if options.models or options.votes:
+    _compare_models(options, overrides)
+    return
   from dmpo_jax import stages
 
   config, base = _load(options, overrides)
   result = stages.evaluate_policy(config, base, options.run, options.out, split=options.split)
   print(stages.show_evaluation(result))
+
+
+def _compare_models(options, overrides) -> None:
+  from dmpo_jax import compare, compare_images, compare_scores
+  from dmpo_jax import config as config_lib
+
+  if options.votes:
+    if overrides:
+      raise ValueError(f"--votes takes what is in --out; {overrides[0]} has no effect")
+    print(compare.show(compare.add_votes(options.out, options.votes), options.out))
+    return
+  scorers, load_scorer = compare_scores.read_scorers(options.scorer), None
+  if scorers:
+    from dmpo_jax.scorers import registry
+
+    for name in (each.name for each in scorers):
+      if name not in registry.SCORERS:  # said before anything is drawn
+        raise ValueError(f"--scorer {name}: expected one of {', '.join(registry.SCORERS)}")
+    load_scorer = registry.load_scorer
+  config = config_lib.from_dict(read_config(options.config, overrides))
+  result = compare.compare(
+    config,
+    compare_images.read_models(options.models),
+    compare.read_prompts(options.prompts, config, options.split),
+    options.out,
+    seed=compare.SEED if options.seed is None else options.seed,
+    scorers=scorers,
+    load_scorer=load_scorer,
+    ballots=compare.BALLOTS if options.vote_pairs is None else options.vote_pairs,
+  )
+  print(compare.show(result, options.out))
 
 
 def run_export(options, overrides, command) -> None:

@@ -11,20 +11,21 @@ import itertools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from dmpo_jax import base as base_lib
 from dmpo_jax import compare_images, comparison, evaluate, json_files, logs, sharding, stages
 from dmpo_jax.data import images as images_lib
 from dmpo_jax.data.emoji_choice import emoji as emoji_lib
 from dmpo_jax.data.emoji_choice import measure
+from dmpo_jax.scorers import batches, diversity
 
-# (images, captions) -> scores; the more the better.
-Scorer = Callable[[UInt8[np.ndarray, "n H W 3"], Sequence[str]], Float[np.ndarray, " n"]]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}")
 SCORED_AT_ONCE = 32
 PROMPTS_AT_ONCE = 16  # of emoji, which are compared with all real drawings
 EMOJI_COLUMNS = {"use rank": True, "uses": True, "prompt match": True, "RMSE": False}
@@ -51,11 +52,14 @@ def read_scorers(texts: Sequence[str]) -> list[Source]:
 
   Raises:
     ValueError: it is of another form, a name is taken, or nothing is there.
+
+  >>> read_scorers(["hpsv2.1=."])
+  [Source(name='hpsv2.1', path=PosixPath('.'))]
   """
   sources = []
   for text in texts:
     name, equals, path = text.partition("=")
-    if not equals or not name or not name.replace("-", "").replace("_", "").isalnum():
+    if not equals or not _NAME.fullmatch(name):
       raise ValueError(f"--scorer {text}: expected NAME=PATH")
     if name in (DIVERSITY, "emoji", *(source.name for source in sources)):
       raise ValueError(f"--scorer {text}: the name {name} is taken; expected another")
@@ -66,7 +70,7 @@ def read_scorers(texts: Sequence[str]) -> list[Source]:
 
 
 def score_by(
-  store: compare_images.Store, source: Source, load: Callable[[str, pathlib.Path], Scorer]
+  store: compare_images.Store, source: Source, load: Callable[[str, pathlib.Path], batches.Scorer]
 ) -> comparison.Measure:
   """Scores every image; the scorer is loaded only if something is left to score.
 
@@ -160,12 +164,10 @@ def mean_distance(latents: Float[np.ndarray, "s d"]) -> float:
 
   Of two independent draws of N(0, sigma^2) it is sqrt(2) sigma, whatever the resolution. [derived]
 
-  >>> mean_distance(np.array([[0.0, 0.0], [3.0, 3.0], [0.0, 0.0]]))
+  >>> mean_distance(np.array([[0.0], [3.0], [0.0]]))
   2.0
   """
-  values = latents.astype(np.float64)
-  pairs = itertools.combinations(values, 2)
-  return float(np.mean([math.sqrt(np.mean((one - other) ** 2)) for one, other in pairs]))
+  return diversity.mean_pairwise_distance(latents) / math.sqrt(latents.shape[1])
 
 
 def digest_files(path: pathlib.Path) -> str:

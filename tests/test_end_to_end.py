@@ -112,3 +112,23 @@ def test_the_stages_one_by_one(demo, tiny_base, tmp_path):
   assert mine == theirs
   run("sample", "--run", trained, "--prompt", "love", "--out", tmp_path / "images", *settings)
   assert (tmp_path / "images" / "grid.png").exists()
+
+
+def test_a_run_and_its_export_beside_the_reference(demo, tiny_base, tmp_path, capsys):
+  """`dmpo evaluate A B C`: the same noise and measure as the run's own evaluation."""
+  out, settings, _ = demo
+  models = [f"reference={tiny_base}", f"policy={out / 'train'}", f"export={out / 'model'}"]
+  arguments = ["evaluate", *models, "--prompts", "emoji", "--out", tmp_path / "three", *settings]
+  assert cli.main([str(each) for each in arguments]) == 0
+  assert "export" in capsys.readouterr().out
+  result = json.loads((tmp_path / "three" / "comparison.json").read_text())
+  by_use, match = (
+    next(each for each in result["results"] if each["measure"] == name)
+    for name in ("uses", "prompt match")
+  )
+  rates = {(each["model"], each["over"]): each["win_rate"] for each in by_use["pairs"]}
+  assert rates["export", "policy"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+  evaluation = json.loads((out / "evaluation" / "evaluation.json").read_text())
+  assert rates["policy", "reference"] == pytest.approx(evaluation["overall_win_rate"])
+  for model in ("reference", "policy"):
+    assert match["means"][model] == pytest.approx(evaluation[model]["prompt_match"])
