@@ -1,11 +1,6 @@
 """The loop: resume bit for bit, one mesh against another, refusals, alarms."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
@@ -81,37 +76,6 @@ def test_resume_is_bit_identical(straight, tmp_path):
   train.train(config, task, tmp_path / "run")
   assert checksums(tmp_path / "run") == checksums(out)
   assert [r["step"] for r in logs.read(tmp_path / "run")] == [0, 1, 2, 3, 4]
-
-
-def test_kill_9_and_the_same_command_again(tiny_base, tiny_data, tmp_path):
-  """Real processes: one killed while it trains and started again, one left alone."""
-  command = [sys.executable, "-m", "dmpo_jax.cli", "train", "--data", str(tiny_data)]
-  command += tiny.overrides(tiny_base, steps=40, save_every=5, log_every=1, validate_every=20)
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-
-  def start(out):
-    return subprocess.Popen([*command, "--out", str(out)], env=environment)
-
-  assert start(tmp_path / "straight").wait(timeout=600) == 0
-  killed = tmp_path / "killed"
-  process = start(killed)
-  deadline = time.monotonic() + 600
-  while time.monotonic() < deadline:
-    if (killed / logs.METRICS_FILE).exists() and logs.read(killed)[-1:]:
-      if logs.read(killed)[-1]["step"] >= 12:
-        break
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL
-  assert logs.read(killed)[-1]["step"] < 40, "the run ended before it was killed"
-  assert start(killed).wait(timeout=600) == 0
-  assert checksums(killed) == checksums(tmp_path / "straight")
-  timed = ("train/pairs_per_second",)
-  one, other = (
-    [{k: v for k, v in r.items() if k not in timed} for r in logs.read(out)]
-    for out in (killed, tmp_path / "straight")
-  )
-  assert one == other
 
 
 def test_eight_devices_equal_one(straight, tiny_base, tiny_data, tmp_path):
