@@ -4,9 +4,8 @@
 
 FLOPs are XLA's count of the compiled program; per pair they should not depend on the batch. The
 floor is what the objective cannot do without: two images, each forward and backward through the
-policy (3 forward passes' worth) and forward through the reference (1), 8 in all. The step
-rematerialises the policy's forward pass, 10 in all: the price of margins that are exactly zero at
-step 0.
+policy (3 forward passes' worth) and forward through the reference (1), 8 in all; a little less, as
+the two share the projections of their prompt. What `remat` computes again comes on top.
 """
 
 import functools
