@@ -33,7 +33,7 @@ setuptools.setup(
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "huggingface_hub>=0.34,<3",
-    "importlib_resources>=5,<8",  # tensorflow-datasets imports it and does not ask for it
+    "importlib_resources>=6,<8",  # tensorflow-datasets imports it and does not ask for it
     "jax>=0.10,<0.13",
     "jaxtyping>=0.3,<0.4",
     "matplotlib>=3.9,<4",
