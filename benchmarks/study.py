@@ -234,6 +234,12 @@ class Study:
   def finals(self, row: str, settings: str) -> list[Cell]:
     return [Cell(row, settings, seed, 0.0, "test") for seed in self.settings.seeds]
 
+  def table_results(self, row: str) -> tuple[str, bool, list[dict]] | None:
+    """The chosen settings, whether within the bounds, and all results; None before that."""
+    choice = self.chosen(row)
+    results = choice and [self.result(cell) for cell in self.finals(row, choice[0])]
+    return (*choice, results) if results and None not in results else None
+
   def noisy(self, row: str, settings: str) -> Iterator[Cell]:
     """Runs with swapped pairs; of DMPO also clean ones with the alpha that they amount to."""
     seed = self.settings.seeds[0]
@@ -282,17 +288,17 @@ def show(study: Study) -> str:
     f"|{'---|' * 10}",
   ]
   for row in study.settings.methods:
-    choice = study.chosen(row)
-    results = choice and [study.result(cell) for cell in study.finals(row, choice[0])]
-    if not results or None in results:
+    done = study.table_results(row)
+    if done is None:
       lines.append(f"| {row} | not done |{' |' * 8}")
       continue
+    settings, within, results = done
     by_seed = ", ".join(f"{np.mean(each['win']):.3f}" for each in results)
     moved = ["winner_advantage", "loser_advantage"]
     moved = [[each[name] for each in results if each[name] is not None] for name in moved]
     cells = [
       row,
-      choice[0].replace("objective.", "") + ("" if choice[1] else " (none within the bounds)"),
+      settings.replace("objective.", "") + ("" if within else " (none within the bounds)"),
       str(results[0]["steps"]),
       interval(of_seeds(results, "win")),
       by_seed,
@@ -308,10 +314,9 @@ def _compare(study: Study) -> Iterator[str]:
   """Differences to DMPO on the same prompts: with 0 in its interval a method is not told apart."""
   found = {}
   for row in study.settings.methods:
-    choice = study.chosen(row)
-    results = choice and [study.result(cell) for cell in study.finals(row, choice[0])]
-    if results and None not in results:
-      found[row] = of_seeds(results, "win").mean(axis=1)
+    done = study.table_results(row)
+    if done is not None:
+      found[row] = of_seeds(done[2], "win").mean(axis=1)
   if "dmpo" not in found:
     return
   yield "| win rate less that of dmpo, same prompts | difference |"
