@@ -61,6 +61,8 @@ setuptools.setup(
     "beam": ["apache-beam>=2.60,<3"],
     # The maintained continuation of MkDocs 1.x (no release since 2024), and the theme it came with.
     "docs": ["properdocs>=1.6.7,<2", "properdocs-theme-mkdocs>=1.6.7,<2"],
+    # For `benchmarks/fuzz.py --guided`: libFuzzer over Python's branches, the only kept one.
+    "fuzz": ["atheris>=3,<4; sys_platform == 'linux'"],
     "test": [
       # One CPU wheel on every platform; a range would pull gigabytes of CUDA.
       "torch==2.13.0",

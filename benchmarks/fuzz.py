@@ -3,6 +3,8 @@
     python benchmarks/fuzz.py                            # 100,000 inputs for each reader
     python benchmarks/fuzz.py --inputs 2000 --readers image lora
     python benchmarks/fuzz.py --readers csv --first 4711 --inputs 1    # one of them again
+    python benchmarks/fuzz.py --guided        # by coverage; needs `pip install atheris`
+    python benchmarks/fuzz.py --readers csv --data 00ff    # an input of those again
 
 Each input is a valid one, changed in a few places: as a structure (names and values of JSON, cells,
 tensors' names and shapes) or as bytes. It is a function of the seed, the reader and its number. A
@@ -11,12 +13,17 @@ other exception, a crash or an input that takes longer than a minute fails. Each
 process of its own, whose peak of memory over that after a valid input is printed beside the longest
 time of one input (of the processor, so that others on the machine do not count); beyond
 `MOST_MEMORY` and `MOST_SECONDS` they fail too. The exit status is 1 if anything failed.
+
+With `--guided`, atheris (libFuzzer) makes the choices: the same changes are drawn from bytes that
+it varies, and it keeps those bytes that reach branches of `dmpo_jax` that none reached before.
 """
 
 import argparse
 import contextlib
 import csv
 import functools
+import importlib.util
+import inspect
 import io
 import json
 import math
@@ -32,9 +39,10 @@ import tarfile
 import tempfile
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +70,7 @@ HANG_SECONDS = 60
 MOST_SECONDS = 10.0  # a picture of as many pixels as are allowed takes about one
 MOST_MEMORY = 1 << 30  # bytes; likewise
 SHOWN = 5  # failures of a reader
+STARTS = 100  # inputs from which a guided run sets out
 INTEGERS = (0, 1, -1, 2, 7, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64 - 1)
 PATHS = ("..", "../../etc/passwd", "/etc/passwd", "C:\\x")
 TEXTS = ("", " ", "\0", *PATHS, "a" * 5000, "\x1b[2J", "\ufb00", "\udc80")
@@ -89,8 +98,16 @@ def main() -> int:
   parser.add_argument("--first", type=int, default=0, help="number of the first one")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
+  parser.add_argument("--guided", action="store_true", help="by coverage, with atheris")
+  parser.add_argument("--data", type=bytes.fromhex, help="of a guided input that failed, in hex")
   parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
   options = parser.parse_args()
+  if options.guided and importlib.util.find_spec("atheris") is None:
+    parser.error("--guided: atheris is not installed; `pip install atheris` (Linux)")
+  if options.data is not None:
+    reader = READERS[options.readers[0]](pathlib.Path(tempfile.mkdtemp()))
+    reader.read(reader.change(GuidedDice(options.data)))
+    return 0
   if options.alone:
     return run_alone(options.readers[0], options)
   print("| reader | inputs | read | refused | failed | longest, s | memory, MiB | inputs/s |")
@@ -102,6 +119,7 @@ def run_apart(name: str, options: argparse.Namespace) -> int:
   """Runs one reader in its own process; a crash is told with the number of the input."""
   with tempfile.TemporaryDirectory(dir=shared_memory()) as folder:
     arguments = ["--inputs", options.inputs, "--first", options.first, "--seed", options.seed]
+    arguments += ["--guided"] if options.guided else []
     command = [sys.executable, __file__, "--alone", "--readers", name, *map(str, arguments)]
     done = subprocess.run(command, env={**os.environ, "TMPDIR": folder, "JAX_PLATFORMS": "cpu"})
     if done.returncode not in (0, 1):
@@ -110,43 +128,128 @@ def run_apart(name: str, options: argparse.Namespace) -> int:
     return min(abs(done.returncode), 1)
 
 
+class Tally:
+  """Reads inputs and keeps what is said of them.
+
+  Attributes:
+    done: number of inputs.
+  """
+
+  def __init__(self, name: str, reader: Reader):
+    reader.read(reader.valid)
+    signal.signal(signal.SIGALRM, give_up)
+    self.done = 0
+    self._name, self._reader = name, reader
+    self._read = self._refused = 0
+    self._failures: list[tuple[str, str]] = []
+    self._longest = (0.0, "")
+    self._began, self._before = time.perf_counter(), peak_memory()
+
+  def add(self, changed: Any, title: str) -> None:
+    """Reads one; `title` is how to make it again."""
+    start = time.process_time()
+    signal.alarm(HANG_SECONDS)
+    try:
+      self._reader.read(changed)
+      self._read += 1
+    except ValueError:
+      self._refused += 1
+    except BaseException as error:  # Rust's panics are no Exception
+      if isinstance(error, KeyboardInterrupt):
+        raise
+      self._failures.append((title, traceback.format_exc(limit=-4)))
+    signal.alarm(0)
+    self._longest = max(self._longest, (time.process_time() - start, title))
+    self.done += 1
+
+  def report(self) -> int:
+    """Prints the row of the table, and to stderr what failed; the exit status."""
+    memory = peak_memory() - self._before
+    rate = self.done / (time.perf_counter() - self._began)
+    counts = f"{self.done:,} | {self._read:,} | {self._refused:,} | {len(self._failures)}"
+    costs = f"{self._longest[0]:.3f} | {memory / 2**20:.0f} | {rate:,.0f}"
+    print(f"| {self._name} | {counts} | {costs} |", flush=True)
+    for title, text in self._failures[:SHOWN]:
+      print(f"{self._name}, {title}: {text}", file=sys.stderr)
+    slow = self._longest[0] > MOST_SECONDS
+    if slow:
+      print(f"{self._name}, {self._longest[1]}: took {self._longest[0]:.1f} s", file=sys.stderr)
+    sys.stderr.flush()
+    return int(bool(self._failures) or slow or memory > MOST_MEMORY)
+
+
 def run_alone(name: str, options: argparse.Namespace) -> int:
   """Prints the row of the table, and to stderr what failed."""
   warnings.simplefilter("ignore")
   folder = pathlib.Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
   reader = READERS[name](folder)
-  reader.read(reader.valid)
-  signal.signal(signal.SIGALRM, give_up)
-  read = refused = 0
-  failures, longest = [], (0.0, 0)
-  began, before = time.perf_counter(), peak_memory()
   with note_number(folder.parent / "number") as note:
+    if options.guided:
+      run_guided(name, reader, options, note)
+    tally = Tally(name, reader)
     for number in range(options.first, options.first + options.inputs):
       note(number)
-      changed = make_input(name, reader, options.seed, number)
-      start = time.process_time()
-      signal.alarm(HANG_SECONDS)
-      try:
-        reader.read(changed)
-        read += 1
-      except ValueError:
-        refused += 1
-      except BaseException as error:  # Rust's panics are no Exception
-        if isinstance(error, KeyboardInterrupt):
-          raise
-        failures.append((number, traceback.format_exc(limit=-4)))
-      signal.alarm(0)
-      longest = max(longest, (time.process_time() - start, number))
-  memory = peak_memory() - before
-  rate = options.inputs / (time.perf_counter() - began)
-  counts = f"{options.inputs:,} | {read:,} | {refused:,} | {len(failures)}"
-  costs = f"{longest[0]:.3f} | {memory / 2**20:.0f} | {rate:,.0f}"
-  print(f"| {name} | {counts} | {costs} |", flush=True)
-  for number, text in failures[:SHOWN]:
-    print(f"{name}, input {number}: {text}", file=sys.stderr)
-  if longest[0] > MOST_SECONDS:
-    print(f"{name}, input {longest[1]}: took {longest[0]:.1f} s", file=sys.stderr)
-  return int(bool(failures) or longest[0] > MOST_SECONDS or memory > MOST_MEMORY)
+      tally.add(make_input(name, reader, options.seed, number), f"input {number}")
+  return tally.report()
+
+
+def run_guided(name: str, reader: Reader, options: argparse.Namespace, note: Callable) -> NoReturn:
+  """As the loop of `run_alone`, with inputs of which atheris draws the bytes."""
+  import atheris
+
+  for module in [m for name, m in sys.modules.items() if name.startswith("dmpo_jax")]:
+    for function in functions_of(module):
+      atheris.instrument_func(function)
+  tally = Tally(name, reader)
+
+  def one(data: bytes) -> None:
+    note(tally.done)
+    tally.add(reader.change(GuidedDice(data)), f"--data {data.hex()}")
+    if tally.done == options.inputs:
+      status = tally.report()
+      sys.stdout.flush()
+      os._exit(status)  # libFuzzer has no other end that keeps the status
+
+  corpus = pathlib.Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
+  dice = random.Random(f"{options.seed} {name}")
+  write(corpus, {str(number): dice.randbytes(256) for number in range(STARTS)})
+  seed = options.seed + 1  # 0 would be drawn by the clock
+  flags = [f"-seed={seed}", "-timeout=0", "-rss_limit_mb=0", "-max_len=1024", "-verbosity=0"]
+  atheris.Setup([sys.argv[0], *flags, str(corpus)], one)
+  atheris.Fuzz()
+  raise AssertionError("libFuzzer came back")
+
+
+def functions_of(module: types.ModuleType) -> Iterator[types.FunctionType]:
+  """Functions and methods that are written in a module."""
+  for value in vars(module).values():
+    members = [value, *vars(value).values()] if isinstance(value, type) else [value]
+    for member in members:
+      for field in ("__func__", "fget", "func"):  # of class methods, properties, cached ones
+        member = getattr(member, field, member)
+      member = inspect.unwrap(member)
+      if isinstance(member, types.FunctionType) and member.__module__ == module.__name__:
+        yield member
+
+
+class GuidedDice(random.Random):
+  """Draws from given bytes as long as there are any, then by chance that depends on them."""
+
+  def __init__(self, data: bytes):
+    super().__init__(data)
+    self._data, self._at = data, 0
+
+  def random(self) -> float:
+    """In [0, 1), of two bytes: the changes ask for no finer shares."""
+    return self.getrandbits(16) / 2**16
+
+  def getrandbits(self, k: int) -> int:
+    size = (k + 7) // 8
+    drawn = self._data[self._at : self._at + size]
+    self._at += size
+    if len(drawn) < size:
+      return super().getrandbits(k)
+    return int.from_bytes(drawn, "little") & ((1 << k) - 1)
 
 
 def make_input(name: str, reader: Reader, seed: int, number: int) -> Any:

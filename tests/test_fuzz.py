@@ -75,7 +75,7 @@ def test_an_undocumented_error_fails(fuzz, monkeypatch, capsys, tmp_path, error,
 
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   monkeypatch.setitem(fuzz.READERS, "csv", reader_that(fuzz, read))
-  options = types.SimpleNamespace(inputs=7, first=3, seed=0)
+  options = types.SimpleNamespace(inputs=7, first=3, seed=0, guided=False)
   assert fuzz.run_alone("csv", options) == failed
   output = capsys.readouterr()
   assert output.out.startswith(f"| csv | 7 | 0 | {7 * (1 - failed)} | {7 * failed} |")
@@ -85,7 +85,7 @@ def test_an_undocumented_error_fails(fuzz, monkeypatch, capsys, tmp_path, error,
 def test_an_input_that_takes_too_long_or_too_much_fails(fuzz, monkeypatch, capsys, tmp_path):
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   monkeypatch.setitem(fuzz.READERS, "csv", reader_that(fuzz, lambda content: None))
-  options = types.SimpleNamespace(inputs=2, first=0, seed=0)
+  options = types.SimpleNamespace(inputs=2, first=0, seed=0, guided=False)
   assert fuzz.run_alone("csv", options) == 0
   monkeypatch.setattr(fuzz, "MOST_SECONDS", -1.0)
   assert fuzz.run_alone("csv", options) == 1
@@ -93,6 +93,32 @@ def test_an_input_that_takes_too_long_or_too_much_fails(fuzz, monkeypatch, capsy
   monkeypatch.setattr(fuzz, "MOST_SECONDS", 10.0)
   monkeypatch.setattr(fuzz, "MOST_MEMORY", -1)
   assert fuzz.run_alone("csv", options) == 1
+
+
+@pytest.mark.parametrize("name", ["csv", "image"])
+def test_guided_changes_are_a_function_of_the_bytes(fuzz, tmp_path, name):
+  reader = fuzz.READERS[name](tmp_path)
+  drawn = [random.Random(number).randbytes(256) for number in range(30)]
+  first, second = ([reader.change(fuzz.GuidedDice(data)) for data in drawn] for _ in range(2))
+  assert first == second and len(set(map(repr, first))) > 20
+  dice = fuzz.GuidedDice(b"\x00\x80" + b"\xff" * 9)
+  assert dice.random() == 0.5 and dice.getrandbits(3) == 7 and dice.getrandbits(8) == 255
+
+
+def test_a_guided_run_counts_its_inputs_and_says_how_to_make_one_again(fuzz):
+  pytest.importorskip("atheris")
+  status, lines, errors = run("--inputs", 200, "--readers", "csv", "--guided")
+  assert status == 0, errors
+  name, inputs, read, refused, failed, *_ = lines[0]
+  assert (name, inputs, failed) == ("csv", "200", "0") and int(read) + int(refused) == 200
+
+
+def test_without_atheris_a_guided_run_says_what_to_install(fuzz, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["fuzz.py", "--guided"])
+  monkeypatch.setattr(fuzz.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(SystemExit):
+    fuzz.main()
+  assert "pip install atheris" in capsys.readouterr().err
 
 
 def test_changes_reach_every_part_of_a_tree(fuzz):
