@@ -1,25 +1,44 @@
 """The study's rules: equal passes, swapped pairs, what is chosen and what its tables say."""
 
 import importlib.util
+import io
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 
 from dmpo_jax.data import encode
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "study.py"
+TINY = """
+import ml_collections
+
+def get_config():
+  return ml_collections.ConfigDict(dict(
+    passes=2 * 8 * 8, validation_images=2, test_images=2, sweep_seed=0, seeds=(1,),
+    lost_match=1.0, grown_rmse=10.0, noise=(0.5,), noisy=("dpo",),
+    methods={"dpo": ("emoji_dpo", ("objective.beta=500.0", "objective.beta=1000.0"))},
+  ))
+"""
 PROMPTS = 20
+
+
+def load(script):
+  spec = importlib.util.spec_from_file_location(script.stem, script)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 @pytest.fixture(scope="module")
 def study():
-  spec = importlib.util.spec_from_file_location("study", SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return load(SCRIPT)
 
 
 def shipped(study):
@@ -121,6 +140,38 @@ def test_the_tables(study, tmp_path):
   ]
   points = study.points_of(made)
   assert len(points) == 8 and {point["split"] for point in points} == {"validation", "test"}
+  drawn = load(SCRIPT.with_name("study_figures.py"))
+  lines = drawn._lines([point for point in points if point["split"] == "validation"])
+  assert [[point["settings"] for point in line] for line in lines] == [
+    ["objective.beta=500.0", "objective.beta=1000.0"],
+    ["optim.learning_rate=2e-5", "optim.learning_rate=1e-4"],
+  ]
+  assert drawn._short("objective.beta=500.0") == "β 500"
+  light, dark = (drawn.draw_frontier(points, 1.25, theme) for theme in ("light", "dark"))
+  with Image.open(io.BytesIO(light)) as picture:
+    assert picture.width > 1000 and picture.getcolors(1 << 20)[0][0] < picture.width * 400
+  assert light != dark and light == drawn.draw_frontier(points, 1.25, "light")
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_all_done_once(tmp_path):
+  """The whole study in small: sweep, seeds and swapped pairs, by two processes at a time."""
+  config = tmp_path / "tiny.py"
+  config.write_text(TINY, encoding="utf-8")
+  command = [sys.executable, SCRIPT, "--config", config, "--out", tmp_path / "out"]
+  command += ["--jobs", "2", "--config.batch_size=8", "--config.sampling.steps=2"]
+  environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+  first, again = (
+    subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    for _ in range(2)
+  )
+  assert first.returncode == 0, first.stderr
+  done = [line for line in first.stdout.splitlines() if ": 2 steps, measured on" in line]
+  assert len(set(done)) == len(done) == 4
+  assert "measured on" not in again.stdout
+  assert again.stdout == first.stdout[first.stdout.index("| method |") :]
+  points = json.loads((tmp_path / "out" / "points.json").read_text(encoding="utf-8"))
+  assert len(points["points"]) == 3 and points["grown_rmse"] == 10.0
 
 
 def test_spread_by_hand(study):
