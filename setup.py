@@ -35,9 +35,9 @@ setuptools.setup(
     "huggingface_hub>=0.34,<3",
     "importlib_resources>=6,<8",  # tensorflow-datasets imports it and does not ask for it
     "jax>=0.10,<0.13",
-    "jaxtyping>=0.3,<0.4",
-    "matplotlib>=3.9,<4",
-    "ml_collections>=1,<2",
+    "jaxtyping>=0.3.6,<0.4",
+    "matplotlib>=3.10.7,<4",
+    "ml_collections>=1.1,<2",
     "numpy>=2,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",

@@ -1,6 +1,7 @@
 """evaluate.py: what is sampled is the model's, however its parameters came."""
 
 import numpy as np
+import pytest
 import tiny
 
 from dmpo_jax import base as base_lib
@@ -9,6 +10,7 @@ from dmpo_jax import evaluate
 PROMPTS = ("love", "a sad cat")
 
 
+@pytest.mark.slow
 def test_a_base_that_is_read_later_draws_the_same(tiny_base):
   """As `dmpo evaluate` opens it, against one that is read at once."""
 

@@ -105,6 +105,7 @@ def test_guided_changes_are_a_function_of_the_bytes(fuzz, tmp_path, name):
   assert dice.random() == 0.5 and dice.getrandbits(3) == 7 and dice.getrandbits(8) == 255
 
 
+@pytest.mark.slow
 def test_a_guided_run_counts_its_inputs_and_says_how_to_make_one_again(fuzz):
   pytest.importorskip("atheris")
   status, lines, errors = run("--inputs", 200, "--readers", "csv", "--guided")

@@ -228,6 +228,7 @@ def table(count, **columns):
   return pa.Table.from_pylist([row] * count, pair_files.PICKAPIC)
 
 
+@pytest.mark.slow
 def test_a_parquet_file_that_grows_is_refused_before_memory_is_taken(tmp_path):
   path = tmp_path / "train-00000-of-00001.parquet"
   pq.write_table(table(1, jpg_0=bytes(300 << 20)), path, compression="zstd", use_dictionary=False)

@@ -173,6 +173,7 @@ def test_exact_inversion_equals_diffusers_on_any_prediction(prediction_type):
   assert_close(got, x)
 
 
+@pytest.mark.slow
 def test_published_inversion_is_that_of_the_published_code():
   """Its loop in diffusers' schedulers, pair by pair, on the noise that ours draws.
 
@@ -229,6 +230,7 @@ def gaussian(prediction_type):
   return denoiser_of(apply, prediction_type)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_inversion_converges_to_the_flow_of_an_exact_network(prediction_type):
   """x_t is on the same quantile as x_0: (x_t - signal MEAN) / sd_t = (x_0 - MEAN) / DEVIATION."""
@@ -301,6 +303,7 @@ def linear_problem(invert, seed=7):
   return policy, objectives.Frozen({"kernel": kernel}, None), objective, batch
 
 
+@pytest.mark.slow
 def test_on_ordinary_noised_latents_the_loss_is_that_of_diffusion_dpo():
   noise = normal(8, PAIRS, SIDE, SIDE, 4)
 
@@ -354,6 +357,7 @@ def test_the_policy_inverts_and_not_the_reference():
   np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data, fsdp, accumulation", [(2, 2, 1), (1, 4, 2)])
 def test_every_mesh_and_accumulation_gives_the_update_of_one_device(data, fsdp, accumulation):
   policy, frozen, objective, batch = linear_problem(exact())

@@ -569,6 +569,7 @@ while [ ! -e {world}/end ]; do sleep 0.05; done
 """
 
 
+@pytest.mark.slow
 def test_the_hosts_of_a_tpu(world):
   """install, start, status, stop and the second start, with everything but gcloud real."""
   world.stub("gcloud", REMOTE)

@@ -73,6 +73,7 @@ def test_scores_give_the_gradient_of_the_density(program, name):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_score_of_the_target_is_the_gradient_of_its_density(program):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 2)) * 2)
   expected = jax.vmap(jax.grad(lambda x: program.log_target_2d(x[None])[0]))(x)
@@ -103,6 +104,7 @@ def test_the_direction_of_reinforcement_learning(program):
   np.testing.assert_allclose(found.rl, gradient, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dmpo, soft labels", "dmpo, hard labels", "dpo", "ipo", "js"])
 def test_pairs_are_the_mean_over_all_pairs(program, monkeypatch, name):
   x = np.linspace(-6, 6, 13)

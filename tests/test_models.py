@@ -73,6 +73,7 @@ def max_difference(ours, judge):
   return difference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("config", "height", "width"),
   [
@@ -95,6 +96,7 @@ def test_unet_equals_diffusers(config, height, width):
   assert max_difference(got, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_images_of_one_prompt_may_share_its_row():
   _, ours, params = ported_unet(torch_models.UNET_SD1)
   latents, timesteps, prompt_embeds = unet_inputs(torch_models.UNET_SD1)
@@ -155,6 +157,7 @@ np.testing.assert_allclose(got, expected, atol=5e-6)
 """
 
 
+@pytest.mark.slow
 def test_group_norm_of_a_large_picture_equals_float64_numpy():
   # A few roundings of values up to 6; one sum over 2^18 terms errs by 7e-5 on CPU. In a process of
   # one device: among the eight of this one XLA makes no use of several cores, and sums otherwise.

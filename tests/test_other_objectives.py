@@ -170,6 +170,7 @@ def evaluate(objective, params, frozen, batch):
   return examples, objective.loss(params, frozen, examples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_reference_gets_no_gradient_and_closed_values_hold(name):
   _, objective, params, frozen, batch = problem(name, moved=0.001)

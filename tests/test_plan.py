@@ -99,6 +99,7 @@ def test_published_configurations_are_those_of_the_judges():
     assert base.unet.config.sample_size == unet["sample_size"]
 
 
+@pytest.mark.slow
 def test_forward_flops_of_stable_diffusion():
   """0.34e12 multiplications without attention's scores, as is published for 64 x 64 latents."""
   base = base_lib.load_architecture(
@@ -109,6 +110,7 @@ def test_forward_flops_of_stable_diffusion():
   assert plan.forward_flops(base) - scores == pytest.approx(2 * 0.339e12, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_low_rank_delta_needs_fewer_flops():
   base = base_lib.load_architecture("emoji", compute="float32", kernel="tpu", remat="full")
   full = tiny.config("emoji")
@@ -153,6 +155,7 @@ def test_forward_passes_of_each_method(name):
       assert reference == (whole == 8 and "data.reference_draws" not in more or "lora.rank" in more)
 
 
+@pytest.mark.slow
 def test_stored_errors_stand_in_the_batch_for_the_reference():
   config = tiny.config("emoji", **{"data.reference_draws": 2})
   base = base_lib.load_architecture("emoji", compute="float32", kernel="tpu", remat="layers")

@@ -125,6 +125,7 @@ def test_pickscore_equals_transformers(clip_h):
   assert max_difference(got, out.logits_per_image.diagonal().numpy()) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_clip_score_and_embeddings_equal_transformers(clip_l):
   folder, judge = clip_l
   out = judge_embeds(folder, judge, images(), CAPTIONS)
@@ -184,6 +185,7 @@ def normalised(pictures):
   return torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float32))
 
 
+@pytest.mark.slow
 def test_hps_equals_open_clip_written_out_in_torch(tokenizer_folder, tmp_path):
   tokenizer = tokenizer_lib.load_tokenizer(tokenizer_folder)
   text = OPEN_CLIP_TEXT | {"vocab_size": tokenizer.vocab_size}
@@ -259,6 +261,7 @@ def write_vocabulary(path):
   return len(tokens) + 2
 
 
+@pytest.mark.slow
 def test_image_reward_equals_transformers_blip_and_a_torch_head(tmp_path):
   vocab_size = write_vocabulary(tmp_path / "vocab.txt")
   text = SMALL_TEXT | {"vocab_size": vocab_size}

@@ -105,6 +105,7 @@ def test_a_parameter_without_a_rule_is_named():
   assert spec((8,), "gate") == spec((8, 8), "gate", min_size=65) == PartitionSpec()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(base_lib.PUBLISHED)[::2])  # SD 1.5 and SDXL
 def test_rules_cover_published_models_and_their_optimisers(name):
   base = base_lib.load_architecture(name, compute="bfloat16", kernel="tpu", remat="blocks")

@@ -79,6 +79,7 @@ def test_the_demo_is_encoded_as_before(tiny_data):
   assert not list(tiny_data.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_recipe_is_for_all_devices_of_this_process(tiny_base, own):
   config = tiny.config(tiny_base, **settings(own))
   recipe = stages.make_recipe(config, base_lib.load_base(config.base))
@@ -91,6 +92,7 @@ def test_the_recipe_is_for_all_devices_of_this_process(tiny_base, own):
   np.testing.assert_allclose(recipe.encode_images(pictures)[-3:], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_crops_may_be_drawn_apart(tiny_base, own, tmp_path):
   """`data.independent` leaves the winner where it was and crops the loser by a draw of its own."""
   free = {"data.crop": "random"}
@@ -200,6 +202,7 @@ def test_beam_is_asked_for_where_it_is_not_installed(tiny_base, own, tmp_path, c
   assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_makes_the_same_recipe_or_none(tiny_base, own):
   more = {"data.prompt_embeds": True, "data.flip": 0.5}
   config = tiny.config(tiny_base, **settings(own, **more))
