@@ -41,7 +41,7 @@ setuptools.setup(
     "numpy>=2,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
-    "pillow>=10.3,<14",
+    "pillow>=11.3,<14",
     "pyarrow>=15,<27",
     "safetensors>=0.6,<0.9",
     "tensorboardX>=2.6.2,<3",
@@ -66,9 +66,9 @@ setuptools.setup(
     "test": [
       # One CPU wheel on every platform; a range would pull gigabytes of CUDA.
       "torch==2.13.0",
-      "diffusers>=0.39,<0.43",
-      "transformers>=4.57,<6",
-      "peft>=0.17,<0.22",  # with which diffusers reads LoRA files
+      "diffusers>=0.42,<0.43",
+      "transformers>=5.20,<6",
+      "peft>=0.19,<0.22",  # with which diffusers reads LoRA files
       "beartype>=0.19,<0.24",
       "hypothesis>=6.100,<7",
       "pytest>=8,<10",

@@ -157,7 +157,9 @@ def test_every_picture_decodes(page, hostile):
     "trade_off": (2 * 950 + 30, 660 + 60),
   }
   both = {f"{name}{theme}.png": expected[name] for name in expected for theme in ("", "_dark")}
-  assert found == both
+  assert set(found) == set(both)
+  for name, size in found.items():
+    np.testing.assert_allclose(size, both[name], atol=4)  # matplotlib's versions round otherwise
 
 
 def test_plots_follow_the_theme(page):
