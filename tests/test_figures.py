@@ -145,7 +145,7 @@ def test_trade_off_takes_labels_literally_and_gaps_silently():
   ]
   for some in (points, points[2:], []):
     shape = decode(figures.trade_off(some, "RMSE", "light")).shape
-    np.testing.assert_allclose(shape, (660, 920, 3), atol=2)  # matplotlib's versions round otherwise
+    np.testing.assert_allclose(shape, (660, 920, 3), atol=2)  # versions round otherwise
 
 
 def test_tile_fills_rows():

@@ -288,7 +288,7 @@ def test_ktos_baseline_is_that_of_all_devices():
     )(placed)
   np.testing.assert_allclose(spread_metrics["baseline"], metrics["baseline"], rtol=1e-4)
   # v is 500 times a difference of errors of about 4, rounded to 2^-22 of them by sums in another
-  # order: 1.2e-4 in v and in its baseline, of which the utility, of slope 1/4, takes a quarter each.
+  # order: 1.2e-4 in v and in its baseline; the utility, of slope 1/4, takes a quarter of each.
   np.testing.assert_allclose(spread, values, rtol=1e-4, atol=6e-5)
 
 
