@@ -105,7 +105,8 @@ def _vote_rows(comparison: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _votes_title(comparison: Mapping[str, Any]) -> str:
   votes = comparison["votes"]
-  return f"people: {votes['votes']:,} votes by {votes['voters']:,} voters, who saw no names"
+  voters = "one voter" if votes["voters"] == 1 else f"{votes['voters']:,} voters"
+  return f"people: {votes['votes']:,} votes by {voters}, who saw no names"
 
 
 def html(comparison: Mapping[str, Any], samples: Sequence[Samples]) -> str:

@@ -219,7 +219,7 @@ def test_votes_come_into_the_table(store):
   assert found["votes"]["pairs"][0]["win_rate"]["mean"] == 1.0
   assert found == read(store, "comparison.json")
   shown = compare.show(found, folder)
-  assert "people: 36 votes by 1 voters, who saw no names" in shown
+  assert "people: 36 votes by one voter, who saw no names" in shown
   assert re.search(r"yak-tuned +zebra-base +1.000 \[1.000, 1.000\] +12 · 0 · 0 +< 0.001 +12", shown)
   page = (folder / "comparison.html").read_text(encoding="utf-8")
   assert "36 votes" in page_reader.Reader(page).text
