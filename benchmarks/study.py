@@ -339,8 +339,12 @@ def show(study: Study) -> str:
     " RMSE | diversity | winner / loser advantage |",
     f"|{'---|' * 10}",
   ]
-  for row in study.settings.methods:
-    done = study.table_results(row)
+  found = {row: study.table_results(row) for row in study.settings.methods}
+  base = next((results[0]["base"] for _, _, results in filter(None, found.values())), None)
+  if base is not None:
+    cells = " | ".join(f"{base[name]:.3f}" for name in ("match", "rmse", "diversity"))
+    lines.append(f"| base | | 0 | 0.5 by definition | | | {cells} | |")
+  for row, done in found.items():
     if done is None:
       lines.append(f"| {row} | not done |{' |' * 8}")
       continue
@@ -364,18 +368,27 @@ def show(study: Study) -> str:
 
 def _compare(study: Study) -> Iterator[str]:
   """Differences to DMPO on the same prompts: with 0 in its interval a method is not told apart."""
-  found = {}
-  for row in study.settings.methods:
-    done = study.table_results(row)
-    if done is not None:
-      found[row] = of_seeds(done[2], "win").mean(axis=1)
-  if "dmpo" not in found:
+  found = {row: study.table_results(row) for row in study.settings.methods}
+  if found.get("dmpo") is None:
     return
-  yield "| win rate less that of dmpo, same prompts | difference |"
-  yield "|---|---|"
-  for row, values in found.items():
-    if row != "dmpo":
-      yield f"| {row} | {interval((values - found['dmpo'])[:, None])} |"
+  names = ("win", "heldout_win")
+
+  def of_prompts(row):
+    values = [of_seeds(found[row][2], name) for name in names]
+    counts = [(~np.isnan(each)).sum(axis=1) for each in values]
+    sums = [np.nansum(each, axis=1) for each in values]
+    # A prompt of which no image shows a held-out couple has no rate.
+    return [
+      np.where(c > 0, s / np.maximum(c, 1), np.nan) for s, c in zip(sums, counts, strict=True)
+    ]
+
+  dmpo = of_prompts("dmpo")
+  yield "| win rate less that of dmpo, same prompts | all | held-out couples |"
+  yield "|---|---|---|"
+  for row, done in found.items():
+    if row != "dmpo" and done is not None:
+      differences = [a - b for a, b in zip(of_prompts(row), dmpo, strict=True)]
+      yield f"| {row} | {' | '.join(interval(each[:, None]) for each in differences)} |"
 
 
 def _noise_table(study: Study) -> Iterator[str]:

@@ -130,10 +130,11 @@ def test_the_tables(study, tmp_path):
   for cell in made.noisy("dmpo", made.chosen("dmpo")[0]):
     write(made, cell, win=0.55)
   lines = study.show(made).splitlines()
+  assert "| base | | 0 | 0.5 by definition | | | 0.900 | 0.040 | 0.500 | |" in lines
   row = next(line for line in lines if line.startswith("| dmpo |"))
   assert "| beta=1000.0 | 250 | 0.650 [0.650, 0.650] | 0.600, 0.700 | 0.650 [0.650, 0.650] |" in row
   assert "| 0.500 | -1.0e-03 / -2.0e-03 |" in row
-  assert "| sft | -0.200 [-0.200, -0.200] |" in lines
+  assert "| sft | -0.200 [-0.200, -0.200] | -0.200 [-0.200, -0.200] |" in lines
   assert [line.split("|")[3] for line in lines[-2:]] == [
     " beta=1000.0 ",
     " beta=1000.0 alpha=0.0597 ",
