@@ -33,13 +33,14 @@ class Row(NamedTuple):
 
 
 SD15, SDXL, LORA = "sd15_dmpo_pickapic", "sdxl_dmpo_pickapic", "sd15_dmpo_lora"
+DELTA = ("lora.rank=16", "lora.alpha=16.0", "lora.targets=to_q to_k to_v to_out.0")
 ROWS = (
   Row(SD15, "v5e:4x4", 8),
   Row(SDXL, "v5e:16x16", 2),
   Row(SD15, "v5e:16x16", 8),
   Row(LORA, "v5e:2x2", 4),
   Row(SDXL, "v5p:4x4x4", 4),
-  Row(SDXL, "v5e:4x4", 2, ("lora.rank=16", "batch_size=64")),
+  Row(SDXL, "v5e:4x4", 2, (*DELTA, "batch_size=64")),
   Row(SD15, "v6e:4x4", 8),
   Row(SD15, "v5p:2x2x1", 8, ("remat=layers", "fsdp=4")),
   Row(SD15, "v5e:4x4", 4, ("remat=layers",)),

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -117,14 +118,17 @@ def files(folder):
 def step_numbers(folder):
   """Of the annotations in the trace: XProf groups by them."""
   (path,) = files(folder)
-  data = jax.profiler.ProfileData.from_file(str(path))
-  return sorted(
-    dict(event.stats)["step_num"]
-    for plane in data.planes
-    for line in plane.lines
-    for event in line.events
-    if event.name == "train" and "step_num" in dict(event.stats)
-  )
+  with warnings.catch_warnings():
+    # Python 3.12 and newer say it of jaxlib's reader, which ends the process if it is an error.
+    warnings.filterwarnings("ignore", "builtin type .* has no __module__", DeprecationWarning)
+    data = jax.profiler.ProfileData.from_file(str(path))
+    return sorted(
+      dict(event.stats)["step_num"]
+      for plane in data.planes
+      for line in plane.lines
+      for event in line.events
+      if event.name == "train" and "step_num" in dict(event.stats)
+    )
 
 
 def test_trace_covers_its_steps_and_no_others(tmp_path):
