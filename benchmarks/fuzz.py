@@ -105,8 +105,11 @@ def main() -> int:
   if options.guided and importlib.util.find_spec("atheris") is None:
     parser.error("--guided: atheris is not installed; `pip install atheris` (Linux)")
   if options.data is not None:
-    reader = READERS[options.readers[0]](pathlib.Path(tempfile.mkdtemp()))
-    reader.read(reader.change(GuidedDice(options.data)))
+    if len(options.readers) != 1:
+      parser.error(f"--data: expected one of --readers, got {len(options.readers)}")
+    with tempfile.TemporaryDirectory() as folder:
+      reader = READERS[options.readers[0]](pathlib.Path(folder))
+      reader.read(reader.change(GuidedDice(options.data)))
     return 0
   if options.alone:
     return run_alone(options.readers[0], options)

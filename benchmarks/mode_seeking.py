@@ -21,8 +21,6 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib import colors
 from matplotlib import figure as mpl_figure
-from matplotlib.backends import backend_agg
-from PIL import Image
 
 from dmpo_jax import figures, losses, report_style
 
@@ -371,14 +369,6 @@ def _label(axes, palette, title: str, x: str = "", y: str = "") -> None:
   axes.set_ylabel(y, fontsize=7.5, color=palette.muted)
 
 
-def _png(figure) -> bytes:
-  figure.set_dpi(_DPI)
-  canvas = backend_agg.FigureCanvasAgg(figure)
-  canvas.draw()
-  image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-  return figures.encode(image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE))
-
-
 def landscape(objective: Callable, points=(49, 33)):
   """Values of an objective over mean and sd, with the axes."""
   means, log_sds = (
@@ -440,7 +430,7 @@ def draw_method(title: str, exact: dict | None, pairs: dict | None, theme: str) 
     fits["descent from the fence"] = exact["paths"][0][-1]
   _draw_densities(axes[-1], palette, fits)
   _label(axes[-1], palette, "target (grey) and fit", "x")
-  return _png(figure)
+  return figures.png(figure, _DPI)
 
 
 def draw_2d(paths: dict[str, list[np.ndarray]], theme: str) -> bytes:
@@ -468,7 +458,7 @@ def draw_2d(paths: dict[str, list[np.ndarray]], theme: str) -> bytes:
     each.set_ylim(-4.6, 4.6)
     each.set_aspect("equal")
     _label(each, palette, DIVERGENCES[name].title)
-  return _png(figure)
+  return figures.png(figure, _DPI)
 
 
 # Tables

@@ -8,7 +8,6 @@
 """
 
 import argparse
-import io
 import itertools
 import json
 import math
@@ -17,9 +16,8 @@ from collections.abc import Sequence
 
 from matplotlib import figure as mpl_figure
 from matplotlib import ticker
-from matplotlib.backends import backend_agg
 
-from dmpo_jax import report_style
+from dmpo_jax import figures, report_style
 
 COLUMNS = 4
 PANEL_INCHES = (2.45, 2.05)
@@ -74,7 +72,7 @@ def draw_frontier(points: Sequence[dict], bound: float, theme: str) -> bytes:
     )
   figure.supxlabel("RMSE over the base's", fontsize=8, color=palette.muted)
   figure.supylabel("win rate over the base", fontsize=8, color=palette.muted)
-  return _png(figure)
+  return figures.png(figure, dpi=160)
 
 
 def _lines(points: Sequence[dict]) -> list[list[dict]]:
@@ -107,13 +105,6 @@ def _style(axes, palette: report_style.Palette, title: str) -> None:
   for name, spine in axes.spines.items():
     spine.set_color(palette.line)
     spine.set_visible(name in ("left", "bottom"))
-
-
-def _png(figure: mpl_figure.Figure) -> bytes:
-  figure.set_dpi(160)
-  buffer = io.BytesIO()
-  backend_agg.FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-  return buffer.getvalue()
 
 
 def main():

@@ -251,7 +251,7 @@ def curve(metrics: Sequence[dict], panel: Panel, theme: str) -> bytes:
     if len(panel.splits) > 1:
       axes.legend(loc="best", frameon=False, handlelength=1.2, fontsize=7.5)
     axes.set_xlabel("step")
-    return _png(figure)
+    return png(figure)
 
 
 def _limits(metrics: Sequence[dict]) -> tuple[float, float]:
@@ -294,7 +294,7 @@ def trade_off(points: Sequence[Point], x_title: str, theme: str) -> bytes:
       "chance", (1, 0.5), xycoords=("axes fraction", "data"), xytext=(-2, 3),
       textcoords="offset points", ha="right", fontsize=7, color=palette.muted,
     )  # fmt: skip
-    return _png(figure)
+    return png(figure)
 
 
 def _point(axes, point: Point, colour: str, palette: report_style.Palette) -> None:
@@ -373,8 +373,9 @@ def _tick(value: float, position: int) -> str:
   return f"{value:g}".replace("-", "−")
 
 
-def _png(figure: mpl_figure.Figure) -> bytes:
-  figure.set_dpi(_DPI)
+def png(figure: mpl_figure.Figure, dpi: int = _DPI) -> bytes:
+  """A matplotlib figure's PNG, small and the same every time."""
+  figure.set_dpi(dpi)
   canvas = backend_agg.FigureCanvasAgg(figure)
   canvas.draw()
   image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -114,6 +114,15 @@ def test_a_guided_run_counts_its_inputs_and_says_how_to_make_one_again(fuzz):
   assert (name, inputs, failed) == ("csv", "200", "0") and int(read) + int(refused) == 200
 
 
+def test_bytes_are_read_by_one_reader(fuzz, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["fuzz.py", "--data", "00"])
+  with pytest.raises(SystemExit):
+    fuzz.main()
+  assert "--data: expected one of --readers, got 14" in capsys.readouterr().err
+  monkeypatch.setattr(sys, "argv", ["fuzz.py", "--data", "00ff", "--readers", "jsonl"])
+  assert fuzz.main() == 0
+
+
 def test_without_atheris_a_guided_run_says_what_to_install(fuzz, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["fuzz.py", "--guided"])
   monkeypatch.setattr(fuzz.importlib.util, "find_spec", lambda name: None)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dmpo_jax import report_style
 from dmpo_jax.data import encode
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "study.py"
@@ -150,7 +151,11 @@ def test_the_tables(study, tmp_path):
   assert drawn._short("objective.beta=500.0") == "β 500"
   light, dark = (drawn.draw_frontier(points, 1.25, theme) for theme in ("light", "dark"))
   with Image.open(io.BytesIO(light)) as picture:
-    assert picture.width > 1000 and picture.getcolors(1 << 20)[0][0] < picture.width * 400
+    pixels = np.asarray(picture.convert("RGB"), int)
+    assert picture.width > 1000
+  expected = [int(report_style.LIGHT.policy[i : i + 2], 16) for i in (1, 3, 5)]
+  assert (np.abs(pixels - expected).sum(axis=-1) <= 12).sum() > 100  # points, in 256 colours
+  assert light != drawn.draw_frontier(points, 1.1, "light")
   assert light != dark and light == drawn.draw_frontier(points, 1.25, "light")
 
 
