@@ -25,7 +25,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import multiprocessing
@@ -44,6 +43,7 @@ from dmpo_jax import config as config_lib
 from dmpo_jax.data import encode
 from dmpo_jax.data.emoji_choice import measure
 from dmpo_jax.data.emoji_choice import pairs as pairs_lib
+from dmpo_jax.scorers import diversity
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 DRAWS = 4000  # of the bootstrap
@@ -305,9 +305,9 @@ def _run_apart(settings: str, out: pathlib.Path, overrides: Sequence[str], cell:
 
 def spread(images: np.ndarray) -> np.ndarray:
   """Mean distance between two images of a prompt, root mean square of pixels in [-1, 1]; [p]."""
-  flat = images.reshape(*images.shape[:2], -1).astype(np.float64)
-  couples = itertools.combinations(range(flat.shape[1]), 2)
-  return np.mean([np.sqrt(np.square(flat[:, i] - flat[:, j]).mean(-1)) for i, j in couples], axis=0)
+  flat = images.reshape(*images.shape[:2], -1)
+  distances = [diversity.mean_pairwise_distance(each) for each in flat]
+  return np.array(distances) / math.sqrt(flat.shape[-1])
 
 
 def _displacement(records: Sequence[dict]) -> dict[str, float | None]:
