@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 
+_STATE = "[document.readyState, document.body && document.body.outerHTML].join(' ')"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -19,8 +20,8 @@ def find():
 
 
 @contextlib.contextmanager
-def open_page(address, profile):
-  """A page of a browser of its own, whose storage lies in `profile`."""
+def open_page(address, profile, *, kill=False):
+  """A page of a browser of its own, whose storage lies in `profile`; closed or killed at the end."""
   to_read, to_write = os.pipe()
   from_read, from_write = os.pipe()
   # The browser reads commands from descriptor 3 and answers on 4.
@@ -40,8 +41,9 @@ def open_page(address, profile):
     try:
       page.attach(address)
       yield page
-      page.call("Browser.close", session=False)
-      process.wait(30)
+      if not kill:
+        page.call("Browser.close", session=False)
+        process.wait(30)
     finally:
       process.kill()
       process.wait()
@@ -83,11 +85,11 @@ class Page:
     assert "exceptionDetails" not in found, found
     return found["result"].get("value")
 
-  def wait(self, expression, seconds=30):
-    """Until the expression is true."""
+  def wait(self, expression, seconds=60):
+    """Until the expression is true; what the page shows is told if it does not come."""
     end = time.monotonic() + seconds
     while not self.evaluate(expression):
-      assert time.monotonic() < end, expression
+      assert time.monotonic() < end, (expression, self.evaluate(_STATE))
       time.sleep(0.02)
 
   def press(self, key, **more):

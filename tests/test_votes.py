@@ -228,7 +228,7 @@ def test_votes_come_into_the_table(store):
 @pytest.mark.slow
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium on PATH")
 def test_in_a_browser(store, tmp_path):
-  """Votes by keyboard, undo, reload, a new process, export: all kept, and nothing foreign runs."""
+  """Votes by keyboard, undo, reload, SIGKILL, export: all kept, and nothing foreign runs."""
   page_path = votes.write_page(store, 5, seed=3)
   address, profile = page_path.as_uri(), tmp_path / "profile"
   downloads = tmp_path / "downloads"
@@ -246,7 +246,7 @@ def test_in_a_browser(store, tmp_path):
     page.evaluate("delete document.body.dataset.ready")
     page.call("Page.reload")
 
-  with browser.open_page(address, profile) as page:
+  with browser.open_page(address, profile, kill=True) as page:
     ready(page, 0)
     page.press("ArrowUp")
     page.press("ArrowLeft", modifiers=1)  # Alt: the browser's own way back
@@ -260,7 +260,11 @@ def test_in_a_browser(store, tmp_path):
     ready(page, 2)
     reload(page)
     ready(page, 2)
-  with browser.open_page(address, profile) as page:  # the browser was closed in between
+    page.press("ArrowDown")
+    ready(page, 3)
+  with browser.open_page(address, profile) as page:
+    ready(page, 3)
+    page.press("u")
     ready(page, 2)
     page.call(
       "Browser.setDownloadBehavior", session=False, behavior="allow", downloadPath=str(downloads)

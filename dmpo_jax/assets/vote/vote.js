@@ -13,18 +13,36 @@
     found && /^[0-9a-f]{16}$/.test(found.voter) && Array.isArray(found.votes) &&
     found.votes.length <= data.ballots.length && found.votes.every((v) => choices.includes(v));
 
-  function load() {
+  // Not localStorage: browsers write that up to a minute late, and a crash takes the votes with it.
+  function settle(request, done) {
+    return new Promise((resolve, reject) => {
+      request[done] = () => resolve(request.result);
+      request.onerror = request.onabort = () => reject(request.error);
+    });
+  }
+
+  async function open() {
+    const request = indexedDB.open(name);
+    request.onupgradeneeded = () => request.result.createObjectStore("state");
+    return settle(request, "onsuccess");
+  }
+
+  async function load() {
     try {
-      const found = JSON.parse(localStorage.getItem(name));
+      const store = (await database).transaction("state").objectStore("state");
+      const found = await settle(store.get("votes"), "onsuccess");
       if (valid(found)) state = found;
     } catch {
       at("trouble").hidden = false;
     }
   }
 
-  function save() {
+  // Done when the votes are on disk.
+  async function save() {
     try {
-      localStorage.setItem(name, JSON.stringify(state));
+      const change = (await database).transaction("state", "readwrite", {durability: "strict"});
+      change.objectStore("state").put(state, "votes");
+      await settle(change, "oncomplete");
     } catch {
       at("trouble").hidden = false;
     }
@@ -32,6 +50,15 @@
 
   function preload(ballot) {
     for (const side of ballot ? ["left", "right"] : []) new Image().src = ballot[side];
+  }
+
+  // The load event, not decode(): that waits for the browser to draw, which a starved one puts off.
+  function loadImage(image, source) {
+    return new Promise((resolve, reject) => {
+      image.onload = resolve;
+      image.onerror = reject;
+      image.src = source;
+    });
   }
 
   async function show() {
@@ -49,10 +76,10 @@
     if (done) return;
     const ballot = data.ballots[number];
     at("prompt").textContent = ballot.prompt;
-    for (const side of ["left", "right"]) at(side + "-image").src = ballot[side];
     // Nobody votes on what is not there yet.
+    const sides = ["left", "right"];
     try {
-      await Promise.all(["left", "right"].map((side) => at(side + "-image").decode()));
+      await Promise.all(sides.map((side) => loadImage(at(side + "-image"), ballot[side])));
     } catch {
       if (state.votes.length === number) at("missing").hidden = false;
       return;
@@ -64,18 +91,35 @@
     preload(data.ballots[number + 1]);
   }
 
+  let work = Promise.resolve();
+
+  // One after the other; what was meant for votes that are others by then is dropped.
+  function change(edit) {
+    const number = state.votes.length;
+    ready = false;
+    work = work.then(async () => {
+      if (state.votes.length === number) {
+        edit(state.votes);
+        await save();
+      }
+      show();
+    });
+  }
+
+  function refresh() {
+    work = work.then(async () => {
+      const before = JSON.stringify(state);
+      await load();
+      if (JSON.stringify(state) !== before) show();
+    });
+  }
+
   function vote(choice) {
-    if (!ready) return;
-    state.votes.push(choice);
-    save();
-    show();
+    if (ready) change((votes) => votes.push(choice));
   }
 
   function undo() {
-    if (!state.votes.length) return;
-    state.votes.pop();
-    save();
-    show();
+    if (state.votes.length) change((votes) => votes.pop());
   }
 
   function exported() {
@@ -106,14 +150,8 @@
   for (const choice of choices) at(choice).addEventListener("click", () => vote(choice));
   at("undo").addEventListener("click", undo);
   at("export").addEventListener("click", download);
-  // Another tab of the same page voted.
-  window.addEventListener("storage", (event) => {
-    if (event.key === name) {
-      load();
-      show();
-    }
-  });
-  load();
-  save();
-  show();
+  // Another tab of the same page may have voted meanwhile.
+  window.addEventListener("focus", refresh);
+  const database = open();
+  work = load().then(save).then(() => void show());
 })();
