@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -159,7 +160,9 @@ class Study:
     if done is not None:
       return done
     folder, config = self.out / cell.name, self.config(cell)
-    print(f"{cell.name}: {config.steps} steps, measured on {cell.split}", flush=True)
+    # In one write: processes side by side share the pipe, and print writes the line's end apart.
+    sys.stdout.write(f"{cell.name}: {config.steps} steps, measured on {cell.split}\n")
+    sys.stdout.flush()
     base = self.prepare(config)
     encoded = swap(stages.open_data(config, base, self.out / "data"), cell.noise)
     train.train(config, tasks.preference_task(config, base, encoded), folder / "run")

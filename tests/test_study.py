@@ -166,7 +166,8 @@ def test_runs_side_by_side_are_all_done_once(tmp_path):
   config.write_text(TINY, encoding="utf-8")
   command = [sys.executable, SCRIPT, "--config", config, "--out", tmp_path / "out"]
   command += ["--jobs", "2", "--config.batch_size=8", "--config.sampling.steps=2"]
-  environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+  # Unbuffered, as in many containers: each write is then seen by itself.
+  environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "PYTHONUNBUFFERED": "1"}
   first, again = (
     subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     for _ in range(2)
