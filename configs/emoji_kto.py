@@ -3,7 +3,7 @@
 Paper:    arXiv 2404.04465; objective of `dmpo_jax.other_losses.kto_loss`,
           weights of its public code.
 Command:  dmpo train --config configs/emoji_kto.py --data data --out runs/kto
-          after dmpo prepare
+          after dmpo prepare; images that were judged one by one: docs/own_pairs.md
 Hardware: as emoji_dmpo.py.
 Expected: no figure yet: data, base, steps and rate are emoji_dmpo.py's, chosen for DMPO.
           beta is the demo's, 1000: kappa is 500, where the public code has 1000.

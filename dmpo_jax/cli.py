@@ -327,7 +327,10 @@ def run_prepare(options, overrides, command) -> None:
   stages.check_settings(config)
   base = base_lib.load_base(config.base, parts=("vae",))  # the text encoders are read if need be
   encoded = stages.prepare(config, base, options.data, options.beam)
-  print(f"pairs: {encoded.metadata['counts']}, in {options.data}")
+  desirable = encoded.metadata.get("desirable")
+  of_them = "" if desirable is None else f", of them desirable {desirable}"
+  what = "pairs" if desirable is None else "judged images"
+  print(f"{what}: {encoded.metadata['counts']}{of_them}, in {options.data}")
 
 
 def run_cache(options, overrides, command) -> None:

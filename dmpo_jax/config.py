@@ -31,6 +31,8 @@ METHODS = {  # method -> the objective's fields that it reads; with beta, it has
 OPTIONAL = ("order", "loser_scaling")  # may be None even where the method reads them
 OWN_LATENTS = ("inpo", "seppo")  # methods that make latents of their own as they train
 ON_IMAGES = ("denoise", "autoencoder")  # the methods that do not train on pairs
+ON_JUDGED = ("kto",)  # those that train on images judged one by one
+JUDGED = "judged"  # the data set of such images
 UTILITIES = ("sigmoid", "loss_averse", "risk_seeking")
 REMAT = ("full", "blocks", "layers")
 DTYPES = ("float32", "bfloat16")
@@ -118,7 +120,8 @@ class ObjectiveConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Attributes:
-  dataset: of `data.sources.registry`: emoji_choice/top160, pairs, pickapic_v2, ...
+  dataset: of `data.sources.registry`: emoji_choice/top160, pairs, pickapic_v2, ...; judged for
+    images judged one by one, also where `mixture` mixes such.
   path: the folder or bucket where it lies; None for emoji_choice, which comes with packages.
   mixture: encoded data sets to train on in place of `dataset` alone, with their weights:
     "pickapic_v2=4 hpdv3=1"; see `data.mixture`.
@@ -170,6 +173,11 @@ class DataConfig:
       raise ValueError("data.reference_draws: is for one data set; data.mixture must be None")
     if self.workers < 0:
       raise ValueError(f"data.workers: expected at least 0, got {self.workers}")
+
+  @property
+  def judged(self) -> bool:
+    """Whether examples are images that were judged one by one, and no pairs."""
+    return self.dataset == JUDGED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """`dmpo doctor data`: reads every pair of a source once and finds what would spoil a training run.
 
 Of a pair nothing is kept but 64-bit hashes and counters (about half a gigabyte a million pairs);
-of a few, texts and small pictures. What a finding means is told by `doctor_page`.
+of a few, texts and small pictures. What a finding means is told by `doctor_page`. Images that were
+judged one by one are looked at likewise: their verdict is then what a leak gives away.
 """
 
 import collections
@@ -31,6 +32,7 @@ _NAME_PART = re.compile(r"[0-9a-f-]{8,}|\d{3,}")
 _SPOILED = ("broken-row", "unreadable-image", "oversized-image")
 _HARMLESS = {"rotated-image", "16-bit-image"}  # nothing of it is left in the decoded picture
 _LEAKS = ("side-leak", "format-leak", "size-leak")
+_OF_JUDGED = {"pairs": "images", "held-out pairs": "held-out images"}
 
 
 class Rule(NamedTuple):
@@ -61,6 +63,7 @@ RULES = {
   "oversized-image": Rule("warning", "rows"),
   "p-choice-range": Rule("error", "pairs"),
   "p-choice-half": Rule("error", "pairs"),
+  "one-verdict": Rule("warning", ""),
   "side-leak": Rule("warning", "pairs"),
   "format-leak": Rule("error", "pairs"),
   "size-leak": Rule("warning", "pairs"),
@@ -98,6 +101,7 @@ class Example(NamedTuple):
     caption: its beginning.
     image_w: small JPEG of the winner; None where it cannot be read or plays no part.
     image_l: small JPEG of the loser.
+    verdict: of a judged image, which then is `image_w`.
   """
 
   where: str
@@ -105,6 +109,7 @@ class Example(NamedTuple):
   caption: str = ""
   image_w: bytes | None = None
   image_l: bytes | None = None
+  verdict: str = ""
 
 
 class Finding(NamedTuple):
@@ -142,6 +147,7 @@ class Diagnosis(NamedTuple):
     dropped: reason -> rows that are no pair.
     findings: errors first.
     samples: pairs drawn at random.
+    judged: whether they are images that were judged one by one, and no pairs.
   """
 
   name: str
@@ -155,6 +161,7 @@ class Diagnosis(NamedTuple):
   dropped: dict[str, int]
   findings: tuple[Finding, ...]
   samples: tuple[Example, ...]
+  judged: bool = False
 
   @property
   def ok(self) -> bool:
@@ -215,10 +222,11 @@ def diagnose(
     dropped=dict(scan.dropped.most_common()),
     findings=_findings(scan, broken_limit),
     samples=tuple(scan.samples),
+    judged=scan.judged,
   )
 
 
-def _rows(scan: "_Scan", shards: Sequence[rows.Shard]) -> Iterator[rows.Pair | rows.Dropped]:
+def _rows(scan: "_Scan", shards: Sequence[rows.Shard]) -> Iterator[rows.Row]:
   for shard in shards:
     try:
       yield from shard.read()
@@ -231,7 +239,7 @@ def _rows(scan: "_Scan", shards: Sequence[rows.Shard]) -> Iterator[rows.Pair | r
 def _read(
   scan: "_Scan",
   split: str,
-  found: Iterator[rows.Pair | rows.Dropped],
+  found: Iterator[rows.Row],
   progress: Progress | None,
 ) -> None:
   scan.start(split)
@@ -268,7 +276,8 @@ def _findings(scan: "_Scan", broken_limit: float) -> tuple[Finding, ...]:
       if code in _SPOILED and spoiled > broken_limit * whole["rows"]:
         severity = "error"
       examples = tuple(scan.examples[code])
-      findings.append(Finding(code, severity, count, share, rule.of, examples))
+      of = _OF_JUDGED.get(rule.of, rule.of) if scan.judged else rule.of
+      findings.append(Finding(code, severity, count, share, of, examples))
   return tuple(sorted(findings, key=lambda each: SEVERITIES.index(each.severity)))
 
 
@@ -291,6 +300,9 @@ class _Scan:
     self._commonest: tuple[int, Example] | None = None
     self._halves = 0
     self._leaks: dict[str, collections.Counter[str]] = {c: collections.Counter() for c in _LEAKS}
+    self.judged = False
+    # Leak -> kind -> how many judged images are undesirable and desirable.
+    self._verdicts: dict[str, dict[str, list[int]]] = {"format-leak": {}, "size-leak": {}}
 
   def start(self, split: str) -> None:
     """Counts what follows to `split`."""
@@ -303,7 +315,7 @@ class _Scan:
     if len(self.examples[code]) < _EXAMPLES:
       self.examples[code].append(example)
 
-  def read(self, row: rows.Pair | rows.Dropped) -> None:
+  def read(self, row: rows.Row) -> None:
     """Takes in one row."""
     self.rows[self._split] += 1
     if isinstance(row, rows.Dropped):
@@ -313,7 +325,12 @@ class _Scan:
       self.add(code, Example(picture_lib.clip(row.where), picture_lib.clip(row.reason)))
       return
     self.pairs[self._split] += 1
-    faults = [*self._text_faults(row), *self._picture_faults(row)]
+    faults = [*self._caption_faults(row)]
+    if isinstance(row, rows.Judged):
+      self.judged = True
+      faults += self._judged_faults(row)
+    else:
+      faults += [*self._choice_faults(row), *self._picture_faults(row)]
     shown = any(len(self.examples[code]) < _EXAMPLES for code, _ in faults)
     example = _show(row) if shown else Example("")
     for code, detail in faults:
@@ -324,8 +341,9 @@ class _Scan:
     """What shares are shares of."""
     pairs = sum(self.pairs.values())
     held_out = pairs - next(iter(self.pairs.values()), 0)
-    whole = {"rows": sum(self.rows.values()), "pairs": pairs, "images": 2 * pairs}
-    return whole | {"held-out pairs": held_out, "held-out images": 2 * held_out}
+    images = 1 if self.judged else 2
+    whole = {"rows": sum(self.rows.values()), "pairs": pairs, "images": images * pairs}
+    return whole | {"held-out pairs": held_out, "held-out images": images * held_out}
 
   def conclude(self) -> None:
     """Adds what only shows in the whole; leaks were counted as suspicions until here."""
@@ -339,11 +357,17 @@ class _Scan:
       if winners.total() >= max(_LEAK_PAIRS, _LEAK_REACH * pairs):
         (_, count), *_ = winners.most_common(1)
         self.counts[code] = count if count >= _LEAK_SHARE * winners.total() else 0
+    if self.judged:
+      for code, kinds in self._verdicts.items():
+        self.counts[code] = _told_by(kinds)
+      verdicts = [
+        sum(column) for column in zip(*self._verdicts["format-leak"].values(), strict=True)
+      ]
+      self.counts["one-verdict"] = int(0 in verdicts)
 
-  def _text_faults(self, pair: rows.Pair) -> Iterator[picture_lib.Fault]:
+  def _caption_faults(self, pair: rows.Pair | rows.Judged) -> Iterator[picture_lib.Fault]:
     caption = picture_lib.hash_bytes(pair.caption)
     yield from self._overlap("prompt-overlap", caption)
-    yield from self._overlap("couple-overlap", picture_lib.hash_bytes(pair.couple), pair.couple)
     self._captions[caption] += 1
     if not self._commonest or self._captions[caption] > self._commonest[0]:
       self._commonest = (
@@ -355,6 +379,9 @@ class _Scan:
     words = len(pair.caption.split())
     if self._tokenize([pair.caption])[1] if self._tokenize else words > _WORDS:
       yield "long-caption", f"{words} words"
+
+  def _choice_faults(self, pair: rows.Pair) -> Iterator[picture_lib.Fault]:
+    yield from self._overlap("couple-overlap", picture_lib.hash_bytes(pair.couple), pair.couple)
     if not 0.5 <= pair.p_choice <= 1:
       yield "p-choice-range", f"p_choice is {pair.p_choice}"
     self._halves += pair.p_choice == 0.5
@@ -362,6 +389,21 @@ class _Scan:
       yield "side-unchecked", ""
     else:
       yield self._suspect("side-leak", _NAME_PART.sub("#", picture_lib.clip(pair.side)))
+
+  def _judged_faults(self, row: rows.Judged) -> Iterator[picture_lib.Fault]:
+    key = picture_lib.hash_bytes(row.image)
+    yield from self._overlap("image-overlap", key)
+    yield from self._again(f"{key} {row.caption}", 1 + row.desirable)
+    found = self._look(key, row.image)
+    yield from found.faults
+    if found.pixels is None:
+      return
+    yield from ((code, "") for code in found.traits)
+    kinds = {"format-leak": found.format, "size-leak": "{} x {}".format(*found.size)}
+    for code, kind in kinds.items():
+      known = self._verdicts[code]
+      kind = kind if kind in known or len(known) < _LOOKS else ""  # sizes may be without end
+      known.setdefault(kind, [0, 0])[row.desirable] += 1
 
   def _picture_faults(self, pair: rows.Pair) -> Iterator[picture_lib.Fault]:
     keys = [picture_lib.hash_bytes(data) for data in (pair.image_w, pair.image_l)]
@@ -407,9 +449,13 @@ class _Scan:
   def _repeats(self, pair: rows.Pair, keys: list[int]) -> Iterator[picture_lib.Fault]:
     if keys[0] == keys[1]:
       return
-    seen = self._seen["pair"]
-    key = picture_lib.hash_bytes(f"{min(keys)} {max(keys)} {pair.caption}")
-    before, side = seen.get(key, 0), 1 if keys[0] < keys[1] else 2
+    side = 1 if keys[0] < keys[1] else 2
+    yield from self._again(f"{min(keys)} {max(keys)} {pair.caption}", side)
+
+  def _again(self, text: str, side: int) -> Iterator[picture_lib.Fault]:
+    """Whether the same was there before, with the same choice (1 or 2) or the other."""
+    seen, key = self._seen["pair"], picture_lib.hash_bytes(text)
+    before = seen.get(key, 0)
     seen[key] = before | side
     if before:
       yield ("duplicate-pair" if before & side else "contradiction"), ""
@@ -427,7 +473,7 @@ class _Scan:
       self._looks[key] = picture_lib.look(data, self._resolution)
     return self._looks[key]
 
-  def _sample(self, pair: rows.Pair) -> None:
+  def _sample(self, pair: rows.Pair | rows.Judged) -> None:
     """Each pair is among the samples with the same probability (reservoir sampling)."""
     place = self._random.randrange(sum(self.pairs.values()))
     if len(self.samples) < _SAMPLES:
@@ -436,6 +482,18 @@ class _Scan:
       self.samples[place] = _show(pair)
 
 
-def _show(pair: rows.Pair) -> Example:
+def _told_by(kinds: Mapping[str, Sequence[int]]) -> int:
+  """How many verdicts the kind of file gives away; 0 if it gives away few, or all are alike."""
+  known = [verdicts for verdicts in kinds.values() if sum(verdicts) >= _LEAK_PAIRS]
+  right, total = sum(map(max, known)), sum(map(sum, known))
+  commonest = max(map(sum, zip(*known, strict=True)), default=0)
+  return right if commonest < _LEAK_SHARE * total <= right else 0
+
+
+def _show(pair: rows.Pair | rows.Judged) -> Example:
+  if isinstance(pair, rows.Judged):
+    verdict = "desirable" if pair.desirable else "undesirable"
+    caption, picture = picture_lib.clip(pair.caption), picture_lib.thumbnail(pair.image)
+    return Example(picture_lib.clip(pair.where), "", caption, picture, verdict=verdict)
   pictures = picture_lib.thumbnail(pair.image_w), picture_lib.thumbnail(pair.image_l)
   return Example(picture_lib.clip(pair.where), "", picture_lib.clip(pair.caption), *pictures)

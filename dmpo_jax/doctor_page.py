@@ -77,6 +77,11 @@ TEXTS = {
     "No pair prefers either image, so there is nothing to learn.",
     "Check which column the choice is read from.",
   ),
+  "one-verdict": Text(
+    "Every image has the same verdict",
+    "All are pushed one way, and the reference alone says how far.",
+    "Add images of the other verdict; a few will do, with a larger lambda_d or lambda_u.",
+  ),
   "side-leak": Text(
     "Winner always in the same column or file name",
     "Harmless where the authors put the winner there on purpose (HPDv3: path1). Otherwise the "
@@ -85,12 +90,12 @@ TEXTS = {
     "Compare with the authors' description of the columns; never feed the place to a model.",
   ),
   "format-leak": Text(
-    "File format gives the winner away",
+    "File format gives the winner, or the verdict, away",
     "Winners and losers differ in their compression, which is easier to learn than the preference.",
     "Store both sides the same way, from the originals.",
   ),
   "size-leak": Text(
-    "Image size gives the winner away",
+    "Image size gives the winner, or the verdict, away",
     "The model may learn sharpness from resizing instead of the preference.",
     "Resize both sides of a pair to the same size, or leave such pairs out.",
   ),
@@ -100,12 +105,12 @@ TEXTS = {
     "Nothing; set `side` in the source to have it checked.",
   ),
   "contradiction": Text(
-    "Same pair with the opposite choice",
+    "Same pair or image with the opposite choice",
     "The two cancel out and add noise to the gradient.",
     "Count the choices per pair and give the share as p_choice.",
   ),
   "duplicate-pair": Text(
-    "Same pair again",
+    "Same pair or judged image again",
     "It weighs more than others and is learned by heart sooner.",
     "Keep one, or count the choices per pair and give the share as p_choice.",
   ),
@@ -253,6 +258,8 @@ def html(diagnosis: doctor_data.Diagnosis) -> str:
     if finding.severity != "note"
   ]
   samples = _sheet("Pairs drawn at random", "winner left, loser right", diagnosis.samples)
+  if diagnosis.judged:
+    samples = _sheet("Images drawn at random", "each with its verdict", diagnosis.samples)
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
@@ -270,7 +277,7 @@ def html(diagnosis: doctor_data.Diagnosis) -> str:
 def _head(diagnosis: doctor_data.Diagnosis) -> str:
   text = report_page.text
   tiles = {
-    "pairs": sum(diagnosis.pairs.values()),
+    _unit(diagnosis): sum(diagnosis.pairs.values()),
     "rows left out": sum(diagnosis.dropped.values()),
     "errors": diagnosis.count("error"),
     "warnings": diagnosis.count("warning"),
@@ -279,7 +286,7 @@ def _head(diagnosis: doctor_data.Diagnosis) -> str:
     f'<div class="tile"><b>{count:,}</b><span>{name}</span></div>' for name, count in tiles.items()
   )
   facts = {
-    "pairs": ", ".join(f"{count:,} {split}" for split, count in diagnosis.pairs.items()),
+    _unit(diagnosis): ", ".join(f"{count:,} {split}" for split, count in diagnosis.pairs.items()),
     "left out": ", ".join(f"{count:,} {why}" for why, count in diagnosis.dropped.items()),
     "licence": diagnosis.licence,
     "from": diagnosis.homepage,
@@ -332,7 +339,10 @@ def _sheet(title: str, note: str, examples: Sequence[doctor_data.Example]) -> st
 
 def _figure(example: doctor_data.Example) -> str:
   pictures = ""
-  if example.image_w or example.image_l:
+  if example.verdict:
+    picture = _picture(example.verdict, example.image_w)
+    pictures = f'<div class="both">{picture}<div>{example.verdict}</div></div>'
+  elif example.image_w or example.image_l:
     sides = (("winner", example.image_w), ("loser", example.image_l))
     pictures = f'<div class="both">{"".join(_picture(*side) for side in sides)}</div>'
   words = report_page.text(example.caption)
@@ -350,10 +360,15 @@ def _picture(side: str, data: bytes | None) -> str:
   return f'<img src="{uri}" alt="{side}">'
 
 
+def _unit(diagnosis: doctor_data.Diagnosis) -> str:
+  return "judged images" if diagnosis.judged else "pairs"
+
+
 def _summary(diagnosis: doctor_data.Diagnosis) -> str:
   splits = ", ".join(f"{count:,} {split}" for split, count in diagnosis.pairs.items())
   read = f"first {diagnosis.limit:,} rows of each split" if diagnosis.limit else "all rows"
-  return f"{diagnosis.name}: {sum(diagnosis.pairs.values()):,} pairs ({splits}); read: {read}"
+  total = f"{sum(diagnosis.pairs.values()):,} {_unit(diagnosis)}"
+  return f"{diagnosis.name}: {total} ({splits}); read: {read}"
 
 
 def _share(finding: doctor_data.Finding) -> str:

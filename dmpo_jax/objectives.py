@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from dmpo_jax import diffusion, lora, losses, safeguards, train_step, types
 from dmpo_jax.models import remat, shards, vae
@@ -104,7 +104,7 @@ def squared_errors(denoiser: Denoiser, *arguments) -> Float[Array, " B"]:
 
 
 class PairExamples(NamedTuple):
-  latents: Float[Array, "B k h w c"]  # winner, loser; or the winner alone
+  latents: Float[Array, "B k h w c"]  # winner, loser; the winner alone; or the judged image
   noising: diffusion.Noising  # one a pair, [B, ...]; or one an image, [B, k, ...]
   input_ids: Int[Array, "B *E L"]
   p_choice: Float[Array, " B"] | None
@@ -113,6 +113,7 @@ class PairExamples(NamedTuple):
   stored: types.Conditions | None  # the prompt's embeddings, where they were made beforehand
   reference_errors: Float[Array, "B 2"] | None  # likewise
   inversion_keys: UInt32[Array, "B 2 words"] | None = None  # key data for each latent
+  desirable: Bool[Array, "B k"] | None = None  # of images that were judged one by one
 
 
 def conditions_of(denoiser: Denoiser, frozen: Frozen, examples: PairExamples) -> types.Conditions:
@@ -198,7 +199,7 @@ class Draw(NamedTuple):
   Attributes:
     timestep_power: see `diffusion.sample_noising`.
     seed: of batches whose draws are settled (`types.PreferenceBatch.draw`).
-    images: fields of the batch: of winner and loser, or of the winner alone.
+    images: fields of the batch: of winner and loser, of the winner alone, or of a judged image.
     noisings: draws of timestep and noise for a pair: 1, which its images share (Diffusion-DPO's
       code), or one for each of them.
   """
@@ -214,7 +215,10 @@ PAIR = Draw()
 
 
 def draw_examples(
-  denoiser: Denoiser, settings: Draw, batch: types.PreferenceBatch, key: Key[Array, ""]
+  denoiser: Denoiser,
+  settings: Draw,
+  batch: types.PreferenceBatch | types.JudgedBatch,
+  key: Key[Array, ""],
 ) -> PairExamples:
   """Latents, timesteps and noise of a batch's images."""
   # Winner beside loser on axis 1: a pair stays on its device (concatenation would move it).
@@ -345,7 +349,7 @@ def _mean_square(left: Float[Array, "B k h w c"]) -> Float[Array, "B k"]:
   return jnp.square(left).mean(axis=(2, 3, 4))
 
 
-def _stored_conditions(batch: types.PreferenceBatch) -> types.Conditions | None:
+def _stored_conditions(batch: types.PreferenceBatch | types.JudgedBatch) -> types.Conditions | None:
   if batch.prompt_embeds is None:
     return None
   embeds, added = batch.prompt_embeds.astype(jnp.float32), None

@@ -217,7 +217,7 @@ def find_devices(topology: Topology) -> list[jax.Device]:
 
 def abstract_task(
   config: config_lib.Config, base: base_lib.Base
-) -> tuple[Any, objectives.Frozen, train_step.Objective, types.PreferenceBatch]:
+) -> tuple[Any, objectives.Frozen, train_step.Objective, Any]:
   """What the configuration trains, as shapes: parameters, frozen, objective, a global batch."""
   unet, seed = base.shapes["unet"], config.seed
   adapter = tasks.initial_adapter(config.lora, unet, seed)
@@ -241,7 +241,9 @@ def _shapes(tree: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), tree)
 
 
-def abstract_batch(config: config_lib.Config, base: base_lib.Base) -> types.PreferenceBatch:
+def abstract_batch(
+  config: config_lib.Config, base: base_lib.Base
+) -> types.PreferenceBatch | types.JudgedBatch:
   """Shapes of a global batch as `dmpo prepare` writes it."""
   rows, (height, width, channels) = config.batch_size, base.latent_shape
 
@@ -251,18 +253,28 @@ def abstract_batch(config: config_lib.Config, base: base_lib.Base) -> types.Pref
   moments = array(jnp.float16, height, width, 2 * channels)
   length = base.models[base.encoders[0]].config.max_position_embeddings
   several, unet = len(base.encoders) > 1, base.unet.config
+  stored, drawn = config.data.prompt_embeds, config.data.reference_draws
+  of_both = {
+    "input_ids": array(jnp.int32, *((len(base.encoders),) if several else ()), length),
+    "time_ids": array(jnp.float32, 6) if several else None,
+    "source_moments": moments if base.edits else None,
+    "prompt_embeds": array(jnp.float16, length, unet.cross_attention_dim) if stored else None,
+    "text_embeds": array(jnp.float16, unet.text_embeds_dim) if stored and several else None,
+    "draw": array(jnp.int32) if drawn else None,
+  }
+  if config.data.judged:
+    errors = array(jnp.float32, 1) if drawn else None
+    return types.JudgedBatch(
+      moments=moments, desirable=array(jnp.bool_), reference_errors=errors, **of_both
+    )
+  own_losers = config.objective.reference_every is not None
   return types.PreferenceBatch(
-    moments,
-    moments,
-    array(jnp.int32, *((len(base.encoders),) if several else ()), length),
-    array(jnp.float32) if config.objective.labels == "soft" else None,
-    array(jnp.float32, 6) if several else None,
-    moments if base.edits else None,
-    array(jnp.float16, length, unet.cross_attention_dim) if config.data.prompt_embeds else None,
-    array(jnp.float16, unet.text_embeds_dim) if config.data.prompt_embeds and several else None,
-    array(jnp.int32) if config.data.reference_draws else None,
-    array(jnp.float32, 2) if config.data.reference_draws else None,
-    None if config.objective.reference_every is None else array(jnp.float32, *base.latent_shape),
+    moments_w=moments,
+    moments_l=moments,
+    p_choice=array(jnp.float32) if config.objective.labels == "soft" else None,
+    reference_errors=array(jnp.float32, 2) if drawn else None,
+    latents_l=array(jnp.float32, *base.latent_shape) if own_losers else None,
+    **of_both,
   )
 
 
@@ -276,7 +288,7 @@ def forward_flops(base: base_lib.Base) -> float:
 
 
 def minimum_forwards(config: config_lib.Config) -> int:
-  """Forward passes of the UNet that a pair cannot do without.
+  """Forward passes of the UNet that a pair, or a judged image, cannot do without.
 
   For each image: policy forward, twice that backward, reference forward. SFT knows the winner
   alone, SFT and MaPO no reference. A low-rank delta needs no gradient by the weights, a third of
@@ -287,7 +299,8 @@ def minimum_forwards(config: config_lib.Config) -> int:
   policy = 2 if config.lora.rank > 0 else 3
   reference = config.objective.needs_reference and config.data.reference_draws == 0
   inversion = config.objective.inversion_steps or 0
-  return config.objective.images_of_pair * (policy + reference + inversion)
+  images = 1 if config.data.judged else config.objective.images_of_pair
+  return images * (policy + reference + inversion)
 
 
 def minimum_flops(config: config_lib.Config, base: base_lib.Base) -> float:

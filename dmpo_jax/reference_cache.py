@@ -152,7 +152,7 @@ def _file(out: pathlib.Path, split: str, first: int) -> pathlib.Path:
 def _error_function(
   config: config_lib.Config, base: base_lib.Base, devices: Sequence[jax.Device] | None
 ):
-  """(draws, first, count) -> errors [n, 2], batch by batch, computed on `devices`.
+  """(draws, first, count) -> errors [n, k], batch by batch, computed on `devices`.
 
   Batches are those of a training step's parts, so that rounding is the same.
   """

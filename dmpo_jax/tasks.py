@@ -223,9 +223,10 @@ def preference_task(
   """Preference optimisation of the base's UNet, or of a low-rank delta on it, on encoded pairs.
 
   Raises:
-    ValueError: the data have no source images and the base edits, or the other way round; they
-      have stored embeddings and the configuration wants none, or the other way round; fewer pairs
-      than a batch; bad low-rank settings; rounds with several processes.
+    ValueError: the data are judged images and the method needs pairs; they have no source images
+      and the base edits, or the other way round; they have stored embeddings and the configuration
+      wants none, or the other way round; fewer pairs than a batch; bad low-rank settings; rounds
+      with several processes.
   """
   objective = make_objective(config, base)
   source, seed = encoded.splits["train"], config.seed
@@ -245,6 +246,7 @@ def preference_task(
       f"data.prompt_embeds: {config.data.prompt_embeds}, but the pairs were prepared with"
       f" {not config.data.prompt_embeds}; set it so, or prepare into another folder"
     )
+  _check_judged(config, "desirable" in pair)
   known = "reference_errors" in pair  # then draws are settled, caption dropout among them
   held_out = encoded.splits.get("validation")  # few pairs may leave none
   unet_params = base.params["unet"]
@@ -284,6 +286,21 @@ def preference_task(
   if config.objective.reference_every is not None:
     task = _in_rounds(config, base, encoded, task)
   return task
+
+
+def _check_judged(config: config_lib.Config, judged: bool) -> None:
+  if judged != config.data.judged:
+    kind = "images that were judged one by one" if judged else "pairs"
+    expected = repr(config_lib.JUDGED) if judged else f"another one than {config_lib.JUDGED!r}"
+    raise ValueError(
+      f"data.dataset: {config.data.dataset!r}, but {config.data.mixture} are {kind}; expected"
+      f" {expected}"
+    )
+  if judged and config.objective.method not in config_lib.ON_JUDGED:
+    raise ValueError(
+      f"objective.method: {config.objective.method!r} needs pairs, and {config.data.dataset!r} are"
+      f" images that were judged one by one; expected {', '.join(config_lib.ON_JUDGED)}"
+    )
 
 
 def _in_rounds(

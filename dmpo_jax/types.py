@@ -1,13 +1,14 @@
 """Batches and conditions that cross floors, and the dimension table.
 
-Dimensions: B examples (pairs) of a batch; H, W image pixels; h, w latent positions; c latent
-channels, c2 = 2 c for mean and log-variance; E text encoders (an axis only where there are two); L
-tokens; D width of the prompt embedding; P width of the pooled prompt embedding; T timesteps.
+Dimensions: B examples (pairs, or judged images) of a batch; H, W image pixels; h, w latent
+positions; c latent channels, c2 = 2 c for mean and log-variance; E text encoders (an axis only
+where there are two); L tokens; D width of the prompt embedding; P width of the pooled prompt
+embedding; T timesteps.
 """
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class AddedConditions(NamedTuple):
@@ -61,6 +62,27 @@ class PreferenceBatch(NamedTuple):
   draw: Int[Array, " B"] | None = None
   reference_errors: Float[Array, "B 2"] | None = None
   latents_l: Float[Array, "B h w c"] | None = None
+
+
+class JudgedBatch(NamedTuple):
+  """Single images that people called desirable or not, each by itself (Diffusion-KTO).
+
+  Attributes:
+    desirable: the verdict.
+    reference_errors: as in `PreferenceBatch`, of the one image.
+
+  The others are as in `PreferenceBatch`.
+  """
+
+  moments: Float[Array, "B h w c2"]
+  input_ids: Int[Array, "B *E L"]
+  desirable: Bool[Array, " B"]
+  time_ids: Float[Array, "B 6"] | None = None
+  source_moments: Float[Array, "B h w c2"] | None = None
+  prompt_embeds: Float[Array, "B L D"] | None = None
+  text_embeds: Float[Array, "B P"] | None = None
+  draw: Int[Array, " B"] | None = None
+  reference_errors: Float[Array, "B 1"] | None = None
 
 
 class CaptionedBatch(NamedTuple):

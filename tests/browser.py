@@ -21,7 +21,7 @@ def find():
 
 @contextlib.contextmanager
 def open_page(address, profile, *, kill=False):
-  """A page of a browser of its own, whose storage lies in `profile`; closed or killed at the end."""
+  """A page of a browser of its own, whose storage lies in `profile`; closed or killed then."""
   to_read, to_write = os.pipe()
   from_read, from_write = os.pipe()
   # The browser reads commands from descriptor 3 and answers on 4.

@@ -21,7 +21,8 @@ class Drawn:
     draws: at least 1.
     seed: of caption dropout.
     caption_dropout: probability in [0, 1) that a draw has the fields of `empty_caption`.
-    errors: of the reference, mean form, winner and loser, by position; None: records have none.
+    errors: of the reference, mean form, winner and loser (of judged images, the one), by position;
+      None: records have none.
   """
 
   source: pipeline.PairSource
@@ -29,7 +30,7 @@ class Drawn:
   seed: int
   caption_dropout: float
   empty_caption: Mapping[str, np.ndarray]
-  errors: Float[np.ndarray, "n 2"] | None = None
+  errors: Float[np.ndarray, "n k"] | None = None
 
   def __post_init__(self):
     if self.draws < 1:

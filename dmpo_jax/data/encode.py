@@ -1,4 +1,4 @@
-"""Pairs of pictures -> a data set of VAE moments and tokens, written once and read at random.
+"""Pairs of pictures, or judged ones -> a data set of VAE moments and tokens, read at random.
 
 With a function that embeds captions, records hold prompt embeddings too, and a file beside them
 holds those of the empty caption.
@@ -37,7 +37,8 @@ _NEEDED = ("fingerprint", "source", "source_id", "resolution", "counts", "empty_
 class Pairs:
   """One split: position -> {moments_w, moments_l, input_ids, p_choice, couple, caption} and, for
   pairs of edits, source_moments; for SDXL, time_ids; where the text encoders ran too,
-  prompt_embeds and, for SDXL, text_embeds."""
+  prompt_embeds and, for SDXL, text_embeds. Of images judged one by one, moments and desirable in
+  the place of moments_w, moments_l and p_choice."""
 
   def __init__(self, records: Sequence[dict[str, Any]], name: str):
     self._records, self.name = records, name
@@ -75,7 +76,8 @@ class Encoded:
     splits: name -> pairs, read at random, of one data set or of a mixture.
     metadata: fingerprint, source, source_id, resolution, geometry, time_ids, prompt_embeds (whether
       records hold them), counts (pairs by split), rows, dropped (rows by reason), broken, examples
-      (broken rows by reason), images, empty_ids, files, licence, homepage.
+      (broken rows by reason), images, empty_ids, files, licence, homepage; of judged images,
+      desirable (how many are, by split).
     empty_embeds: prompt_embeds [L, D] and, for SDXL, text_embeds [P] of the empty caption, float16;
       empty if records hold none.
   """
@@ -374,6 +376,10 @@ def _finish(
     (fields,) = recipe.text_fields([""])
     safetensors_io.save_safetensors(folder / _EMPTY_CAPTION, fields, dtype=None)
     files[_EMPTY_CAPTION] = (folder / _EMPTY_CAPTION).stat().st_size
+  if any("desirable" in sidecar for sidecar in every):
+    metadata["desirable"] = {
+      split: sum(each.get("desirable", 0) for each in of) for split, of in sidecars.items()
+    }
   metadata |= {
     "counts": {split: sum(each["pairs"] for each in of) for split, of in sidecars.items()},
     **tally.content(),

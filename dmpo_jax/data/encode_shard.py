@@ -1,6 +1,7 @@
 """One shard of raw pairs -> one array_record file of VAE moments and token ids, and a sidecar.
 
-Where the text encoders run here too, the file also holds prompt embeddings.
+Where the text encoders run here too, the file also holds prompt embeddings. Images that were judged
+one by one are encoded likewise; what is said of pairs holds for them.
 
 The sidecar is a JSON file that says what became of the rows. It is written last: a shard without
 one is not finished, whatever lies there.
@@ -35,8 +36,13 @@ _CACHED_CAPTIONS = 1024  # kept for repeated captions; SDXL's 77x2048 float16 is
 _WAITING_BATCHES = 16  # pairs held back at most, in batches, while an image batch fills
 _THREADS = min(32, os.cpu_count() or 1)  # that decode; Pillow lets them run side by side
 _AHEAD = 2 * _THREADS  # rows decoded before they are asked for; up to 9 MB each at 1024 pixels
-_SIDES = {"image_w": "w", "image_l": "l", "image_source": "source"}
-_MOMENTS = {"image_w": "moments_w", "image_l": "moments_l", "image_source": "source_moments"}
+_SIDES = {"image_w": "w", "image_l": "l", "image": "w", "image_source": "source"}
+_MOMENTS = {
+  "image_w": "moments_w",
+  "image_l": "moments_l",
+  "image": "moments",
+  "image_source": "source_moments",
+}
 
 EncodeImages = Callable[[Float[np.ndarray, "n H W 3"]], Float[np.ndarray, "n h w c2"]]
 Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "n *E L"]]
@@ -261,9 +267,8 @@ def features_dict(features: dict[str, Any]) -> tfds.features.FeaturesDict:
     for name, (dtype, shape) in features.items()
   }
   text = tfds.features.Text()
-  return tfds.features.FeaturesDict(
-    {**tensors, "p_choice": np.float32, "couple": text, "caption": text}
-  )
+  of_pairs = {"p_choice": np.float32} if "moments_w" in features else {}
+  return tfds.features.FeaturesDict({**tensors, **of_pairs, "couple": text, "caption": text})
 
 
 def _draft_of(path: pathlib.Path) -> pathlib.Path:
@@ -292,12 +297,12 @@ def _decoded(shard: rows.Shard, recipe: Recipe) -> Iterator[_Decoded | rows.Drop
       yield ahead.popleft().result()
 
 
-def _decode(row: rows.Pair | rows.Dropped, recipe: Recipe) -> _Decoded | rows.Dropped:
+def _decode(row: rows.Row, recipe: Recipe) -> _Decoded | rows.Dropped:
   if isinstance(row, rows.Dropped):
     return row
   placed = {}
   for image, side in _SIDES.items():
-    data = getattr(row, image)
+    data = getattr(row, image, None)
     if data is None:
       continue
     drawn = geometry_lib.draw(recipe.geometry, row.caption, row.couple, side)
@@ -305,11 +310,15 @@ def _decode(row: rows.Pair | rows.Dropped, recipe: Recipe) -> _Decoded | rows.Dr
       placed[_MOMENTS[image]] = geometry_lib.place(images.decode(data), recipe.geometry, drawn)
     except ValueError as error:
       return rows.Dropped(UNREADABLE, f"{row.where}, {image}: {error}", broken=True)
-  fields = {"p_choice": row.p_choice, "couple": row.couple, "caption": row.caption}
+  fields = {"couple": row.couple, "caption": row.caption}
+  if isinstance(row, rows.Judged):
+    fields["desirable"] = np.array(row.desirable)
+  else:
+    fields["p_choice"] = row.p_choice
   if recipe.time_ids:
     # The winner's, for both: the UNet gets one condition per pair, and it is the winner whose
     # likelihood is to rise.
-    fields["time_ids"] = placed["moments_w"].time_ids
+    fields["time_ids"] = next(iter(placed.values())).time_ids
   pixels = {name: each.pixels for name, each in placed.items()}
   keys = {name: hashlib.sha256(each.tobytes()).digest() for name, each in pixels.items()}
   return _Decoded(fields, row.where, pixels, keys)
@@ -409,7 +418,7 @@ class _Writer:
     self._path = path
     self._features: dict[str, Any] | None = None
     self._serializer: example_serializer.ExampleSerializer | None = None
-    self.pairs, self._record_bytes = 0, 0
+    self.pairs, self._record_bytes, self._desirable = 0, 0, 0
 
   def __enter__(self) -> "_Writer":
     # The group size that TFDS writes: one record is read without its neighbours.
@@ -448,10 +457,13 @@ class _Writer:
     self._try(self._file.write, data)
     self.pairs += 1
     self._record_bytes += len(data)
+    self._desirable += bool(pair.get("desirable", False))
 
   def content(self) -> dict[str, Any]:
     """What the sidecar says of the file."""
-    return {"pairs": self.pairs, "record_bytes": self._record_bytes, "features": self._features}
+    content = {"pairs": self.pairs, "record_bytes": self._record_bytes, "features": self._features}
+    judged = self._features is not None and "desirable" in self._features
+    return content | ({"desirable": self._desirable} if judged else {})
 
   def _try(self, call: Callable[..., Any], *arguments: Any) -> Any:
     try:

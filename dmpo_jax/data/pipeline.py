@@ -1,4 +1,4 @@
-"""Encoded pairs -> endless, reproducible batches; any step is reached at once."""
+"""Encoded pairs, or judged images -> endless, reproducible batches; any step is reached at once."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -11,14 +11,15 @@ from absl import flags
 from dmpo_jax import types
 
 _THREADS, _PREFETCHED = 2, 4  # batches read ahead; records are small, decoding is a copy
-_FIELDS = types.PreferenceBatch._fields
+Batch = types.PreferenceBatch | types.JudgedBatch
 _WORKER_BATCHES = 2  # batches that each worker process holds ready
 
 
 @runtime_checkable
 class PairSource(Protocol):
   """Position -> {moments_w, moments_l, input_ids, couple, caption, ...}; a field of the batch that
-  may be None (`source_moments`) may be absent."""
+  may be None (`source_moments`) may be absent. Of images judged one by one the fields are those of
+  `types.JudgedBatch`; all that is said here of pairs then holds for images."""
 
   def __len__(self) -> int: ...
 
@@ -64,7 +65,7 @@ def preference_batches(
   process_count: int = 1,
   start: int = 0,
   workers: int = 0,
-) -> Iterator[types.PreferenceBatch]:
+) -> Iterator[Batch]:
   """This process's share of the batches of steps `start`, `start` + 1, ...
 
   Every epoch has an order of its own, a function of (seed, epoch). Batches run on across the end
@@ -156,7 +157,7 @@ def pair_at(source: PairSource | Mixture, place: tuple[int, int]) -> dict[str, A
   return (source.sources[number] if isinstance(source, Mixture) else source)[position]
 
 
-def load_split(source: PairSource | Mixture, limit: int | None = None) -> types.PreferenceBatch:
+def load_split(source: PairSource | Mixture, limit: int | None = None) -> Batch:
   """The first `limit` pairs (None: all) in the order on disk, without caption dropout.
 
   Of a mixture, in its proportions, until one of its sources ends.
@@ -255,10 +256,16 @@ class First:
     return self.source[position]
 
 
-def stack(pairs: list[dict[str, Any]]) -> types.PreferenceBatch:
+def are_judged(source: PairSource | Mixture) -> bool:
+  """Whether a source holds images that were judged one by one, and no pairs."""
+  return "desirable" in first_pair(source)
+
+
+def stack(pairs: list[dict[str, Any]]) -> Batch:
   """Records -> a batch of the fields that they hold."""
-  present = (field for field in _FIELDS if field in pairs[0])
-  return types.PreferenceBatch(**{f: np.stack([pair[f] for pair in pairs]) for f in present})
+  kind = types.JudgedBatch if "desirable" in pairs[0] else types.PreferenceBatch
+  present = (field for field in kind._fields if field in pairs[0])
+  return kind(**{f: np.stack([pair[f] for pair in pairs]) for f in present})
 
 
 def _check_caption(source: PairSource | Mixture, empty_caption: Mapping[str, np.ndarray]) -> None:

@@ -1,8 +1,8 @@
 """What every source of preference data is turned into: rows, read one at a time, shard by shard.
 
 A source is a set of shards (a parquet file, a tar, a part of a list). A shard is read from start to
-end, gives `Pair` or `Dropped` for every row of the source, and never holds more than a few
-rows; different shards may be read by different processes.
+end, gives `Pair` (or `Judged`, in all of the source) or `Dropped` for every row of the source, and
+never holds more than a few rows; different shards may be read by different processes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +33,28 @@ class Pair(NamedTuple):
   side: str | None = None
 
 
+class Judged(NamedTuple):
+  """One image that people called desirable or not, by itself; bytes as in `Pair`.
+
+  Attributes:
+    caption: what the image was made for.
+    image: the image.
+    desirable: the verdict.
+    couple: id of the image, in the place of that of a pair.
+    where: file and row, for messages.
+    image_source: the image that it is an edit of, if it is.
+  """
+
+  caption: str
+  image: bytes
+  desirable: bool
+  couple: str
+  where: str
+  image_source: bytes | None = None
+
+
 class Dropped(NamedTuple):
-  """A row that is no pair.
+  """A row that is neither.
 
   Attributes:
     reason: in two or three words, the same for all of a kind: "tie", "image is missing".
@@ -48,6 +68,9 @@ class Dropped(NamedTuple):
   broken: bool
 
 
+Row = Pair | Judged | Dropped
+
+
 @runtime_checkable
 class Shard(Protocol):
   """A part of a source; can be pickled, so that other processes can read it."""
@@ -55,7 +78,7 @@ class Shard(Protocol):
   @property
   def name(self) -> str: ...
 
-  def read(self) -> Iterator[Pair | Dropped]:
+  def read(self) -> Iterator[Row]:
     """Rows in the order of the file.
 
     Raises:

@@ -43,10 +43,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """Reads up to the first pair of every split.
 
     Raises:
-      ValueError: the source holds no pair at all, or cannot be read.
+      ValueError: the source holds no pair at all, judged images, or cannot be read.
     """
     firsts = {split: _first_pair(shards) for split, shards in source.splits.items()}
     self._splits = [split for split, pair in firsts.items() if pair is not None]
+    if any(isinstance(pair, rows.Judged) for pair in firsts.values()):
+      raise ValueError(f"{source.name}: holds images that were judged one by one; expected pairs")
     if not self._splits:
       raise ValueError(f"{source.name}: no pair in any of its splits {list(source.splits)}")
     self._edits = any(pair is not None and pair.image_source for pair in firsts.values())
@@ -107,6 +109,6 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     }
 
 
-def _first_pair(shards: Sequence[rows.Shard]) -> rows.Pair | None:
-  found = (row for shard in shards for row in shard.read() if isinstance(row, rows.Pair))
+def _first_pair(shards: Sequence[rows.Shard]) -> rows.Pair | rows.Judged | None:
+  found = (row for shard in shards for row in shard.read() if not isinstance(row, rows.Dropped))
   return next(found, None)

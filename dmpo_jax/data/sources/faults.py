@@ -1,4 +1,4 @@
-"""Why a row of a source is no pair, and the checks that every source makes."""
+"""Why a row of a source cannot be used, and the checks that every source makes."""
 
 import math
 from collections.abc import Callable
@@ -10,18 +10,18 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 
 class Fault(Exception):
-  """A row is no pair; `reason` and `broken` as in `rows.Dropped`."""
+  """A row cannot be used; `reason` and `broken` as in `rows.Dropped`."""
 
   def __init__(self, reason: str, *, broken: bool = True):
     super().__init__(reason)
     self.reason, self.broken = reason, broken
 
 
-def pair_or_dropped(where: str, make: Callable[[], rows.Pair]) -> rows.Pair | rows.Dropped:
+def row_or_dropped(where: str, make: Callable[[], rows.Row]) -> rows.Row:
   """What `make` returns, or the fault that it raised as a dropped row.
 
   >>> def fail(): raise Fault("tie", broken=False)
-  >>> pair_or_dropped("a.csv, line 2", fail)
+  >>> row_or_dropped("a.csv, line 2", fail)
   Dropped(reason='tie', where='a.csv, line 2', broken=False)
   """
   try:

@@ -51,13 +51,13 @@ class PartShard:
   def name(self) -> str:
     return self.whole.name
 
-  def read(self) -> Iterator[rows.Pair | rows.Dropped]:
+  def read(self) -> Iterator[rows.Row]:
     """The rows in order; rows that are no pairs are those of the training part, named once."""
     for row in self.whole.read():
-      if isinstance(row, rows.Pair):
-        held = self.part.holds(row.caption)
-      else:
+      if isinstance(row, rows.Dropped):
         held = not self.part.validation
+      else:
+        held = self.part.holds(row.caption)
       if held:
         yield row
 

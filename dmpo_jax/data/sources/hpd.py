@@ -171,7 +171,7 @@ class HpdV3Shard:
     folder = pathlib.Path(self.folder)
     for number, entry in enumerate(json_list.read_entries(folder / self.name)):
       where = f"{self.name}, entry {number}"
-      yield faults.pair_or_dropped(where, functools.partial(self._form_pair, folder, entry, where))
+      yield faults.row_or_dropped(where, functools.partial(self._form_pair, folder, entry, where))
 
   def _form_pair(self, folder: pathlib.Path, entry: object, where: str) -> rows.Pair:
     fields = _object(entry)

@@ -1,14 +1,16 @@
-"""A user's own pairs: a folder with lists (*.jsonl, *.csv) beside the images, or with *.tar."""
+"""A user's own pairs or judged images: a folder with lists (*.jsonl, *.csv) or, of pairs, *.tar."""
 
 import os
 import pathlib
 import re
+from collections.abc import Callable
 
 from dmpo_jax.data import rows
 from dmpo_jax.data.sources import files, held_out, pairs_lists, pairs_tar
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_SHARE = 0.05
+_LISTS = (".jsonl", ".csv")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})(?![a-z])")
 
@@ -34,15 +36,61 @@ def open_pairs(
     ValueError: the folder is missing or has no such files, only some files are named by split, or
       the share is out of range.
   """
+  kinds = dict.fromkeys(_LISTS, _pair_list) | {".tar": pairs_tar.TarShard}
+  expected = "*.jsonl, *.csv (caption, winner, loser) or *.tar"
+  return _open(dataset, path, validation_share, kinds, expected)
+
+
+def open_judged(
+  dataset: str, path: str | os.PathLike, *, validation_share: float = VALIDATION_SHARE
+) -> rows.Source:
+  """Lists of single images, each called desirable or not by itself, as for Diffusion-KTO.
+
+  A line is {"caption": ..., "image": "a.jpg", "desirable": true}, or a CSV line with these columns
+  (true or false, 1 or 0), optionally "source". Everything else is as in `open_pairs`.
+
+  Raises:
+    ValueError: as `open_pairs`.
+  """
+  kinds = dict.fromkeys(_LISTS, _judged_list)
+  return _open(
+    dataset, path, validation_share, kinds, "*.jsonl or *.csv (caption, image, desirable)"
+  )
+
+
+MakeShard = Callable[[str, str, held_out.Part | None], rows.Shard]
+
+
+def _pair_list(name: str, folder: str, part: held_out.Part | None) -> rows.Shard:
+  return pairs_lists.ListShard(name, folder, part, pairs_lists.PAIRS)
+
+
+def _judged_list(name: str, folder: str, part: held_out.Part | None) -> rows.Shard:
+  return pairs_lists.ListShard(name, folder, part, pairs_lists.JUDGED)
+
+
+def _open(
+  dataset: str,
+  path: str | os.PathLike,
+  validation_share: float,
+  kinds: dict[str, MakeShard],
+  expected: str,
+) -> rows.Source:
   if not 0 <= validation_share < 1:
     raise ValueError(f"{dataset}: validation_share: expected [0, 1), got {validation_share}")
   folder = files.local_folder(dataset, path)
-  names = _files_by_split(dataset, folder)
-  splits = {split: _shards(folder, members, None) for split, members in names.items()}
+  names = _files_by_split(dataset, folder, tuple(kinds), expected)
+
+  def shards(split: str, part: held_out.Part | None) -> list[rows.Shard]:
+    suffixes = [pathlib.Path(name).suffix.lower() for name in names[split]]
+    each = zip(names[split], suffixes, strict=True)
+    return [kinds[suffix](name, str(folder), part) for name, suffix in each]
+
+  splits = {split: shards(split, None) for split in names}
   if "validation" not in names and "train" in names and validation_share:
     for split in ("train", "validation"):
       part = held_out.Part(validation_share, validation=split == "validation")
-      splits[split] = _shards(folder, names["train"], part)
+      splits[split] = shards("train", part)
   return rows.Source(
     name=dataset,
     splits={split: splits[split] for split in SPLITS if split in splits},
@@ -54,16 +102,14 @@ def open_pairs(
   )
 
 
-def _files_by_split(dataset: str, folder: pathlib.Path) -> dict[str, list[str]]:
+def _files_by_split(
+  dataset: str, folder: pathlib.Path, suffixes: tuple[str, ...], expected: str
+) -> dict[str, list[str]]:
   found = sorted(
-    each.name
-    for each in folder.iterdir()
-    if each.suffix.lower() in (".jsonl", ".csv", ".tar") and each.is_file()
+    each.name for each in folder.iterdir() if each.suffix.lower() in suffixes and each.is_file()
   )
   if not found:
-    raise ValueError(
-      f"{dataset}: {folder}: expected *.jsonl, *.csv (caption, winner, loser) or *.tar, found none"
-    )
+    raise ValueError(f"{dataset}: {folder}: expected {expected}, found none")
   matches = {name: _SPLIT_NAME.match(name.lower()) for name in found}
   unnamed = [name for name, match in matches.items() if match is None]
   if len(unnamed) == len(found):
@@ -77,17 +123,6 @@ def _files_by_split(dataset: str, folder: pathlib.Path) -> dict[str, list[str]]:
   for name, match in matches.items():
     splits.setdefault(match[1], []).append(name)
   return splits
-
-
-def _shards(
-  folder: pathlib.Path, names: list[str], part: held_out.Part | None
-) -> list[pairs_lists.ListShard | pairs_tar.TarShard]:
-  return [
-    (pairs_tar.TarShard if name.lower().endswith(".tar") else pairs_lists.ListShard)(
-      name, str(folder), part
-    )
-    for name in names
-  ]
 
 
 def _all_sizes(folder: pathlib.Path, names: dict[str, list[str]]) -> list[tuple[str, int]]:

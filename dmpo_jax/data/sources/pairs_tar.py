@@ -47,7 +47,7 @@ class TarShard:
       where = f"{self.name}, key {files.printable(key)}"
       caption, p_choice, fault = _text_of(members)
       if self.part is None or self.part.holds(caption):
-        yield faults.pair_or_dropped(
+        yield faults.row_or_dropped(
           where, functools.partial(_form_pair, members, caption, p_choice, fault, where)
         )
 

@@ -113,7 +113,7 @@ class PickapicShard:
     """
     for number, row in enumerate(self._rows()):
       where = f"{self.name}, row {number}"
-      yield faults.pair_or_dropped(where, lambda row=row, where=where: _form_pair(row, where))
+      yield faults.row_or_dropped(where, lambda row=row, where=where: _form_pair(row, where))
 
   def _rows(self) -> Iterator[dict[str, Any]]:
     try:

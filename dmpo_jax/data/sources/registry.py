@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from dmpo_jax import config
 from dmpo_jax.data import rows
 from dmpo_jax.data.sources import emoji, held_out, hpd, imagereward_db, pairs, pickapic
 
@@ -23,6 +24,7 @@ class Entry(NamedTuple):
   options: tuple[str, ...] = ()
 
 
+_SHARE = ("validation_share",)
 _PICKAPIC = Entry(
   pickapic.open_pickapic, "a folder or gs://bucket/prefix with its parquet shards, train-*.parquet"
 )
@@ -35,7 +37,8 @@ SOURCES = {
   "imagereward_db": Entry(
     imagereward_db.open_imagereward_db, "the folder that holds images/", ("pairs_per_prompt",)
   ),
-  "pairs": Entry(pairs.open_pairs, "a folder with *.jsonl, *.csv or *.tar", ("validation_share",)),
+  config.JUDGED: Entry(pairs.open_judged, "a folder with *.jsonl or *.csv", _SHARE),
+  "pairs": Entry(pairs.open_pairs, "a folder with *.jsonl, *.csv or *.tar", _SHARE),
   "pickapic_v1": _PICKAPIC,
   "pickapic_v2": _PICKAPIC,
 }
