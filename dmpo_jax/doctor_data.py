@@ -64,6 +64,8 @@ RULES = {
   "p-choice-range": Rule("error", "pairs"),
   "p-choice-half": Rule("error", "pairs"),
   "one-verdict": Rule("warning", ""),
+  "mixed-verdict": Rule("warning", "pairs", 0.25),
+  "same-verdict": Rule("note", "pairs"),
   "side-leak": Rule("warning", "pairs"),
   "format-leak": Rule("error", "pairs"),
   "size-leak": Rule("warning", "pairs"),
@@ -393,7 +395,9 @@ class _Scan:
   def _judged_faults(self, row: rows.Judged) -> Iterator[picture_lib.Fault]:
     key = picture_lib.hash_bytes(row.image)
     yield from self._overlap("image-overlap", key)
-    yield from self._again(f"{key} {row.caption}", 1 + row.desirable)
+    before = self._met_before(f"{key} {row.caption}", 1 + row.desirable)
+    if before:
+      yield ("same-verdict" if before == 1 + row.desirable else "mixed-verdict"), ""
     found = self._look(key, row.image)
     yield from found.faults
     if found.pixels is None:
@@ -450,15 +454,16 @@ class _Scan:
     if keys[0] == keys[1]:
       return
     side = 1 if keys[0] < keys[1] else 2
-    yield from self._again(f"{min(keys)} {max(keys)} {pair.caption}", side)
-
-  def _again(self, text: str, side: int) -> Iterator[picture_lib.Fault]:
-    """Whether the same was there before, with the same choice (1 or 2) or the other."""
-    seen, key = self._seen["pair"], picture_lib.hash_bytes(text)
-    before = seen.get(key, 0)
-    seen[key] = before | side
+    before = self._met_before(f"{min(keys)} {max(keys)} {pair.caption}", side)
     if before:
       yield ("duplicate-pair" if before & side else "contradiction"), ""
+
+  def _met_before(self, text: str, choice: int) -> int:
+    """The choices, 1 and 2 as bits, with which the same was met; notes this one."""
+    seen, key = self._seen["pair"], picture_lib.hash_bytes(text)
+    before = seen.get(key, 0)
+    seen[key] = before | choice
+    return before
 
   def _overlap(self, code: str, key: int, detail: str = "") -> Iterator[picture_lib.Fault]:
     splits = self._seen[code].get(key, 0)

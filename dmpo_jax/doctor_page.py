@@ -82,6 +82,14 @@ TEXTS = {
     "All are pushed one way, and the reference alone says how far.",
     "Add images of the other verdict; a few will do, with a larger lambda_d or lambda_u.",
   ),
+  "mixed-verdict": Text(
+    "Same image and caption, judged both ways",
+    "Where people disagree the two cancel out; many mean that the verdict is read wrongly.",
+    "Nothing where people did disagree; else look at the column of the verdict.",
+  ),
+  "same-verdict": Text(
+    "Same image and caption, judged alike again", "It weighs more than others.", "Nothing."
+  ),
   "side-leak": Text(
     "Winner always in the same column or file name",
     "Harmless where the authors put the winner there on purpose (HPDv3: path1). Otherwise the "
@@ -105,12 +113,12 @@ TEXTS = {
     "Nothing; set `side` in the source to have it checked.",
   ),
   "contradiction": Text(
-    "Same pair or image with the opposite choice",
+    "Same pair with the opposite choice",
     "The two cancel out and add noise to the gradient.",
     "Count the choices per pair and give the share as p_choice.",
   ),
   "duplicate-pair": Text(
-    "Same pair or judged image again",
+    "Same pair again",
     "It weighs more than others and is learned by heart sooner.",
     "Keep one, or count the choices per pair and give the share as p_choice.",
   ),

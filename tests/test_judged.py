@@ -125,7 +125,7 @@ def test_the_doctor_tells_contradictions_and_what_gives_the_verdict_away(tmp_pat
   lines = (write_judged(tmp_path, 60) / "judged.jsonl").read_text().splitlines()
   turned = json.loads(lines[0]) | {"desirable": not json.loads(lines[0])["desirable"]}
   pair_files.write_jsonl(tmp_path / "judged.jsonl", [*lines, json.dumps(turned), lines[1]])
-  assert codes(diagnose(tmp_path)) == {"contradiction": 1, "duplicate-pair": 1}
+  assert codes(diagnose(tmp_path)) == {"mixed-verdict": 1, "same-verdict": 1}
   for index in range(60):  # the good ones are JPEG, in spite of their names
     if index % 3:
       (tmp_path / f"{index}.png").write_bytes(pair_files.picture(index))
