@@ -4,8 +4,8 @@
 
 A single Gaussian is fitted to mixtures of known density, so that every expectation is a sum over
 a grid and nothing is sampled but where it says so. Everything is float64. The losses are those that
-are trained with: `losses.f_divergence` over whole laws, `losses.dmpo_loss` and its siblings over
-pairs. docs/mode_seeking.md has the figures and says what they mean.
+are trained with: `divergences.f_divergence` over whole laws, `losses.dmpo_loss` and its siblings
+over pairs. docs/mode_seeking.md has the figures and says what they mean.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from matplotlib import colors
 from matplotlib import figure as mpl_figure
 
-from dmpo_jax import figures, losses, report_style
+from dmpo_jax import divergences, figures, losses, report_style
 
 # One dimension: two modes, and a Gaussian that has room for one.
 WEIGHTS, MEANS, SD = (0.65, 0.35), (3.0, -3.0), 0.6
@@ -48,7 +48,7 @@ class Divergence(NamedTuple):
 
   Attributes:
     title: as people call it.
-    settings: of `losses.f_divergence` and `losses.fpo_loss`.
+    settings: of `divergences.f_divergence` and `losses.fpo_loss`.
     curvature: f''(1). Close to the target all divergences are this times half of one and the same
       (chi-squared), so that dividing by it puts their rates on one footing.
     weight: r f''(r), r = policy / target: the say of one of the policy's own samples in the
@@ -101,7 +101,7 @@ def exact_objective(name: str) -> Callable[[Array], Array]:
 
   def objective(params):
     policy = log_law(log_normal(jnp.asarray(X), params[0], jnp.exp(params[1])))
-    return losses.f_divergence(policy, target, divergence=name, **DIVERGENCES[name].settings)
+    return divergences.f_divergence(policy, target, divergence=name, **DIVERGENCES[name].settings)
 
   return objective
 
@@ -168,7 +168,7 @@ def sampled_objective(name: str, count: int, draws: int, seed: int = 0) -> Calla
     # The floor is that of `log_law`: no sample is given up so far that its logarithm is lost.
     policy = jnp.maximum(jax.nn.log_softmax(log_ratio), -600.0)
     settings = DIVERGENCES[name].settings
-    return jnp.mean(losses.f_divergence(policy, target, divergence=name, **settings))
+    return jnp.mean(divergences.f_divergence(policy, target, divergence=name, **settings))
 
   return objective
 
@@ -245,7 +245,7 @@ def objective_2d(name: str) -> Callable[[Array, Array], Array]:
 
   def objective(mean, factor):
     policy = log_law(log_policy_2d(x, mean, factor))
-    return losses.f_divergence(policy, target, divergence=name, **DIVERGENCES[name].settings)
+    return divergences.f_divergence(policy, target, divergence=name, **DIVERGENCES[name].settings)
 
   return objective
 
@@ -321,12 +321,12 @@ def rl_directions(
     return jnp.exp(log_p) @ (log_p - reference - reward)
 
   def divergence(name, logits):
-    return losses.f_divergence(log_hat(logits), best, divergence=name)
+    return divergences.f_divergence(log_hat(logits), best, divergence=name)
 
   def sampled(name, samples, logits):
     log_ratio = beta * (jax.nn.log_softmax(logits) - reference)
     p, q = (jax.nn.log_softmax(values[samples]) for values in (log_ratio, reward))
-    return jnp.mean(losses.f_divergence(p, q, divergence=name))
+    return jnp.mean(divergences.f_divergence(p, q, divergence=name))
 
   def gradient(objective):
     return np.asarray(jax.grad(objective)(logits))  # a jit would fold the samples as constants

@@ -30,12 +30,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dmpo_jax import divergences
+
 # IPO's regression target in units of the margin; `ipo_loss` derives it.
 _IPO_TARGET = 0.5
-
-# Closer than this to 0 or 1, the order of the alpha-divergence cannot be told from its limit in
-# float32 (unit roundoff 6e-8) at any margin that trains.
-_ORDER_TOLERANCE = 1e-6
 
 # `peak_gradient_weight` looks at margins up to here in steps of 1 / 128. Where a weight has a peak
 # it lies well inside: a float32 sigmoid rounds to 1 from u = 17 on.
@@ -353,7 +351,7 @@ def fpo_loss(
   Args:
     err_w, err_l, ref_err_w, ref_err_l, beta: as in `margin`.
     alpha: the loser's mass in the smoothed label, in (0, 0.5), as in `dmpo_loss`.
-    divergence: one of `DIVERGENCES`.
+    divergence: one of `divergences.NAMES`.
     a: order of the alpha-divergence, any finite number; not `alpha`. Given exactly when
       divergence is "alpha".
     p_choice: soft labels, as in `dmpo_loss`.
@@ -377,54 +375,15 @@ def fpo_loss(
   1.7778
   """
   _check_alpha(alpha)
-  chosen = _choose_divergence(divergence, a)
+  chosen = divergences.choose(divergence, a)
   u = margin(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
   p, log_p, one_minus_p, log_one_minus_p = _preference(u)
   mass = _loser_mass(alpha, p_choice)
-  winner = _Masses(p, log_p, 1.0 - mass, jnp.log1p(-mass))
-  loser = _Masses(one_minus_p, log_one_minus_p, mass, jnp.log(mass))
+  winner = divergences.Masses(p, log_p, 1.0 - mass, jnp.log1p(-mass))
+  loser = divergences.Masses(one_minus_p, log_one_minus_p, mass, jnp.log(mass))
   loss = chosen.term(winner) + chosen.term(loser)
   slope = one_minus_p * chosen.weighted_derivative(winner) - p * chosen.weighted_derivative(loser)
   return loss, _collect_parts(u, slope, err_w, err_l, ref_err_w, ref_err_l)
-
-
-def f_divergence(
-  log_p: Float[Array, "*batch K"],
-  log_q: Float[Array, "*batch K"],
-  *,
-  divergence: str,
-  a: float | None = None,
-) -> Float[Array, "*batch"]:
-  """f-divergence between two laws over the same K outcomes.
-
-      D = sum_k q_k f(p_k / q_k)
-
-  f-PO (arXiv 2410.21662): with p_k = softmax_k(log-ratio of policy and reference) and q_k =
-  softmax_k(reward) over K samples of the reference it tends to the divergence between the laws
-  themselves; with K = 2 and a label it is `fpo_loss`, whose table has the f. Nothing trains on more
-  than two: this is what the two stand for.
-
-  Args:
-    log_p: the policy's log-masses; a row's masses add up to 1, as log_softmax makes them.
-    log_q: the target's.
-    divergence: one of `DIVERGENCES`.
-    a: as in `fpo_loss`.
-
-  Returns:
-    D >= 0, 0 where p = q; nats where logarithms enter.
-
-  Raises:
-    ValueError: if divergence is unknown, or if a is missing, superfluous or not finite.
-
-  From (1/4, 3/4) to (1/2, 1/2) the total variation is 1/4:
-
-  >>> import jax.numpy as jnp
-  >>> log_p, log_q = jnp.log(jnp.array([0.25, 0.75])), jnp.log(jnp.array([0.5, 0.5]))
-  >>> print(f_divergence(log_p, log_q, divergence="tv"))
-  0.25
-  """
-  chosen = _choose_divergence(divergence, a)
-  return chosen.term(_Masses(jnp.exp(log_p), log_p, jnp.exp(log_q), log_q)).sum(axis=-1)
 
 
 def peak_gradient_weight(loss: Callable[..., tuple[Array, LossParts]]) -> float:
@@ -484,117 +443,6 @@ def _preference(u: Array) -> tuple[Array, Array, Array, Array]:
   """
   log_p, log_one_minus_p = jax.nn.log_sigmoid(u), jax.nn.log_sigmoid(-u)
   return jnp.exp(log_p), log_p, jnp.exp(log_one_minus_p), log_one_minus_p
-
-
-class _Masses(NamedTuple):
-  """One of the pair's two outcomes: its mass p under the policy and q under the label."""
-
-  p: Array
-  log_p: Array
-  q: Array | float
-  log_q: Array
-
-
-class _Divergence(NamedTuple):
-  """An f-divergence as two functions of an outcome's masses, safe where p underflows.
-
-  Attributes:
-    term: q f(p / q), up to multiples of p - q, which cancel in the sum over the outcomes.
-    weighted_derivative: p f'(p / q), in one piece because f' alone may be infinite at p = 0.
-  """
-
-  term: Callable[[_Masses], Array]
-  weighted_derivative: Callable[[_Masses], Array]
-
-
-def _mix_log(x: _Masses) -> Array:
-  """log((p + q) / 2)."""
-  return jnp.logaddexp(x.log_p, x.log_q) - math.log(2.0)
-
-
-_DIVERGENCES = {
-  "fkl": _Divergence(
-    lambda x: x.q * (x.log_q - x.log_p),
-    lambda x: x.p - x.q,
-  ),
-  "rkl": _Divergence(
-    lambda x: x.p * (x.log_p - x.log_q),
-    lambda x: x.p * (x.log_p - x.log_q),
-  ),
-  "js": _Divergence(
-    lambda x: 0.5 * (x.p * (x.log_p - _mix_log(x)) + x.q * (x.log_q - _mix_log(x))),
-    lambda x: 0.5 * x.p * (x.log_p - _mix_log(x)),
-  ),
-  "jeffreys": _Divergence(
-    lambda x: (x.p - x.q) * (x.log_p - x.log_q),
-    lambda x: x.p * (x.log_p - x.log_q) + x.p - x.q,
-  ),
-  "sq_hellinger": _Divergence(
-    lambda x: (jnp.exp(0.5 * x.log_p) - jnp.exp(0.5 * x.log_q)) ** 2,
-    lambda x: x.p - jnp.exp(0.5 * (x.log_p + x.log_q)),
-  ),
-  "pearson_chi2": _Divergence(
-    lambda x: (x.p - x.q) ** 2 / x.q,
-    lambda x: 2.0 * x.p * (x.p - x.q) / x.q,
-  ),
-  # q^2 / p - q: with (p - q)^2 / p, autodiff would meet 0 * inf before the loss itself overflows.
-  "neyman_chi2": _Divergence(
-    lambda x: x.q * jnp.expm1(x.log_q - x.log_p),
-    lambda x: x.p - x.q * jnp.exp(x.log_q - x.log_p),
-  ),
-  "tv": _Divergence(
-    lambda x: 0.5 * jnp.abs(x.p - x.q),
-    lambda x: 0.5 * x.p * jnp.sign(x.p - x.q),
-  ),
-  "le_cam": _Divergence(
-    lambda x: 0.5 * (x.p - x.q) ** 2 / (x.p + x.q),
-    lambda x: 0.5 * x.p * (x.p - x.q) * (x.p + 3.0 * x.q) / (x.p + x.q) ** 2,
-  ),
-}
-
-DIVERGENCES = (*_DIVERGENCES, "alpha")
-"""Names that `fpo_loss` accepts."""
-
-
-def _alpha_divergence(a: float) -> _Divergence:
-  """The alpha-divergence of order a, in the form that does not cancel near its nearer limit."""
-  # A Python branch: under jnp.where the branch not taken would divide by zero in the gradient.
-  if abs(a) < _ORDER_TOLERANCE:
-    return _DIVERGENCES["rkl"]
-  if abs(a - 1.0) < _ORDER_TOLERANCE:
-    return _DIVERGENCES["fkl"]
-  scale = a * (a - 1.0)
-  if a < 0.5:
-
-    def excess(x):
-      """q^a p^(1-a) - p."""
-      # Where the bound acts p is exactly 0 in float32; without it expm1 would be infinite there.
-      return x.p * jnp.expm1(-a * jnp.maximum(x.log_p - x.log_q, -160.0))
-
-    return _Divergence(lambda x: excess(x) / scale, lambda x: -excess(x) / a)
-  return _Divergence(
-    lambda x: x.q * jnp.expm1((1.0 - a) * (x.log_p - x.log_q)) / scale,
-    lambda x: (x.p - x.q * jnp.exp((1.0 - a) * (x.log_p - x.log_q))) / a,
-  )
-
-
-def _choose_divergence(divergence: str, a: float | None) -> _Divergence:
-  if divergence not in DIVERGENCES:
-    names = ", ".join(DIVERGENCES)
-    raise ValueError(f"divergence: expected one of {names}; got {divergence!r}.")
-  if divergence != "alpha":
-    if a is not None:
-      raise ValueError(
-        f"a: expected None, because divergence {divergence!r} has no order; got {a}. Leave it out, "
-        "or choose divergence='alpha'."
-      )
-    return _DIVERGENCES[divergence]
-  if a is None or not math.isfinite(a):
-    raise ValueError(
-      f"a: divergence 'alpha' needs its order, a finite number; got {a}. Near 0 it is rkl, near 1 "
-      "fkl, at 0.5 twice sq_hellinger."
-    )
-  return _alpha_divergence(a)
 
 
 def _collect_parts(

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "dmpo_jax"
 LEVELS = {
   0: ["__init__", "config", "types", "credentials"],
-  1: ["models", "losses", "other_losses", "safeguards", "diffusion", "lora"],
+  1: ["models", "divergences", "losses", "other_losses", "safeguards", "diffusion", "lora"],
   2: ["data", "scorers", "weights", "sharding", "optimizer"]
   + ["safetensors_io", "single_file", "single_file_configs", "lora_files", "hub"]
   + ["json_files", "paths", "prompt_sets"],

@@ -10,7 +10,7 @@ import oracles
 import pytest
 from scipy import optimize
 
-from dmpo_jax import losses
+from dmpo_jax import divergences, losses
 
 ALPHA = 0.01
 TARGET = math.log((1 - ALPHA) / ALPHA)
@@ -343,14 +343,14 @@ def test_f_divergence_is_its_definition_and_on_two_outcomes_the_pairs_loss(name)
   p, q = (oracles.softmax(1.5 * rng.normal(size=(3, 6))) for _ in range(2))
   generator = oracles.GENERATORS.get(divergence)
   generator = generator or oracles.alpha_generator(settings["a"])
-  found = losses.f_divergence(
+  found = divergences.f_divergence(
     *(jnp.asarray(np.log(law), jnp.float32) for law in (p, q)), **settings
   )
   np.testing.assert_allclose(found, oracles.f_divergence(p, q, generator), rtol=1e-4)
   u = np.array([-3.0, 0.0, 2.0])
   laws = oracles.preference(u), np.broadcast_to(oracles.smoothed_label(ALPHA), (3, 2))
   logs = (jnp.asarray(np.log(law), jnp.float32) for law in laws)
-  found = losses.f_divergence(*logs, **settings)
+  found = divergences.f_divergence(*logs, **settings)
   np.testing.assert_allclose(found, at(LOSSES[name][0], u)[0], rtol=1e-4, atol=1e-6)
 
 
@@ -665,7 +665,7 @@ def test_alpha_divergence_needs_its_order(a):
     call(bind_fpo("alpha", a=a))
 
 
-@pytest.mark.parametrize("divergence", [name for name in losses.DIVERGENCES if name != "alpha"])
+@pytest.mark.parametrize("divergence", [name for name in divergences.NAMES if name != "alpha"])
 def test_other_divergences_take_no_order(divergence):
   with pytest.raises(ValueError, match=f"a: expected None, because divergence '{divergence}'"):
     call(bind_fpo(divergence, a=0.5))
@@ -678,7 +678,7 @@ def test_half_precision_errors_are_refused(dtype):
 
 
 def test_every_divergence_is_tested():
-  assert {*losses.DIVERGENCES} == {*oracles.GENERATORS, "alpha"}
+  assert {*divergences.NAMES} == {*oracles.GENERATORS, "alpha"}
 
 
 # soft labels
