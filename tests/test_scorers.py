@@ -381,6 +381,8 @@ def test_latents_are_the_means_of_the_moments():
 
 def test_missing_files_are_named_with_what_to_download(tmp_path):
   for name, info in registry.SCORERS.items():
+    if not info.files:
+      continue
     with pytest.raises(ValueError, match=f"scorer {name}: .* has no") as error:
       registry.load_scorer(name, tmp_path)
     text = str(error.value)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from dmpo_jax import hub, paths
-from dmpo_jax.scorers import batches, clip_scorers, image_reward
+from dmpo_jax.scorers import batches, clip_scorers, image_reward, niqe
 
 TOKENIZER = "tokenizer.json"
 MODEL = "model.safetensors"
@@ -25,7 +25,8 @@ class ScorerInfo(NamedTuple):
     measures: what a higher score means, and the paper.
     repository: hub id or address of the published weights.
     licence: of the weights, as their page states it; "not stated" where we found none.
-    files: names in the folder that `load_scorer` reads.
+    files: names in the folder that `load_scorer` reads; empty where nothing is published and `load`
+      looks itself at what the user put there.
     values: the range of its values, and what is usual.
     remedy: where missing files come from.
     load: reads the folder.
@@ -96,6 +97,17 @@ SCORERS = {
     + "; vocab.txt is that of google-bert/bert-base-uncased",
     load=image_reward.load_image_reward,
   ),
+  "niqe": ScorerInfo(
+    measures="naturalness without the caption: minus NIQE's distance from pictures of your choice "
+    "(Mittal et al., IEEE SPL 2013)",
+    repository="none: statistics of the pictures in the folder take the place of weights",
+    licence="that of these pictures",
+    files=(),
+    values="0 and below; comparable for one set of reference pictures alone",
+    remedy="put PNG, JPEG or WebP pictures that you call good in it, or niqe.safetensors as "
+    "niqe.save writes it",
+    load=niqe.load_niqe,
+  ),
 }
 
 
@@ -105,7 +117,7 @@ def load_scorer(name: str, path: str | pathlib.Path) -> batches.Scorer:
   Args:
     name: a key of `SCORERS`.
     path: a folder that holds the `files` of `SCORERS[name]`; for hpsv2 and hpsv2.1 also the weight
-      file itself; or a hub id that has these files.
+      file itself; or a hub id that has these files, where there are any.
 
   Returns:
     (uint8 RGB images [n, H, W, 3], n captions) -> float32 [n], one score for each image with its
@@ -134,23 +146,29 @@ def _folder(name, path):
   if folder.is_file():
     if name not in clip_scorers.HPS_FILES or folder.name != info.files[0]:
       raise ValueError(
-        f"scorer {name}: {folder} is a file; expected a folder with {', '.join(info.files)}, each "
-        f"under its own name{_about_other_version(name, {folder.name})}: {info.remedy}"
+        f"scorer {name}: {folder} is a file; expected {_wanted(info)}"
+        f"{_about_other_version(name, {folder.name})}: {info.remedy}"
       )
     folder = folder.parent
-  elif not folder.exists() and hub.is_repository(str(path)):
+  elif info.files and not folder.exists() and hub.is_repository(str(path)):
     stand_ins = (each for file in info.files for each in _STANDS_IN.get(file, ()))
     wanted = (*info.files, *stand_ins, "model-*.safetensors", "vocab.json", "*_config.json")
     folder = hub.download(
       str(path), (*wanted, "special_tokens_map.json"), _UNWANTED, what=f"scorer {name}"
     )
   if not folder.is_dir():
+    or_hub = ", or a hub id (owner/name)" if info.files else ""
     raise ValueError(
-      f"scorer {name}: {folder} does not exist; expected a folder with {', '.join(info.files)}, or "
-      f"a hub id (owner/name): {info.remedy}"
+      f"scorer {name}: {folder} does not exist; expected {_wanted(info)}{or_hub}: {info.remedy}"
     )
   paths.check_links(folder)
   return folder
+
+
+def _wanted(info: ScorerInfo) -> str:
+  if not info.files:
+    return "a folder"
+  return f"a folder with {', '.join(info.files)}, each under its own name"
 
 
 def _is_there(folder: pathlib.Path, file: str) -> bool:
