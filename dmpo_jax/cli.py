@@ -423,9 +423,8 @@ def _compare_models(options, overrides) -> None:
   if scorers:
     from dmpo_jax.scorers import registry
 
-    for name in (each.name for each in scorers):
-      if name not in registry.SCORERS:  # said before anything is drawn
-        raise ValueError(f"--scorer {name}: expected one of {', '.join(registry.SCORERS)}")
+    for source in scorers:  # before anything is drawn
+      registry.check_scorer(*source)
     load_scorer = registry.load_scorer
   config = config_lib.from_dict(read_config(options.config, overrides))
   result = compare.compare(

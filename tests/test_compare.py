@@ -351,7 +351,14 @@ def test_models_that_do_not_fit_are_refused(tiny_base, tmp_path):
     (["a", "b"], "--prompts: expected a file with prompts, or the word emoji"),
     (["a", "b", "--prompts", "none.txt"], "none.txt is not a file"),
     (["a", "b", "--prompts", "emoji", "--scorer", "x"], "expected NAME=PATH"),
-    (["a", "b", "--prompts", "emoji", "--scorer", "x=."], "--scorer x: expected one of pickscore"),
+    (
+      ["a", "b", "--prompts", "emoji", "--scorer", "x=."],
+      "scorer 'x' is not known; expected one of pickscore",
+    ),
+    (
+      ["a", "b", "--prompts", "emoji", "--scorer", "pickscore=configs"],
+      "scorer pickscore: configs has no config.json",
+    ),
     (["a", "b", "--prompts", "emoji", "--vote-pairs", "-1"], "--vote-pairs: expected at least 0"),
     (["a", "b", "--prompts", "emoji"], "base 'a': a/model_index.json does not exist"),
     (["--votes", "v.json"], "comparison.json is missing; expected in --out a finished comparison"),

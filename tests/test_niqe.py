@@ -269,8 +269,9 @@ def test_what_no_picture_varies_in_does_not_count():
 
 def test_folders_that_will_not_do_are_refused(photographs, tmp_path):
   def refused(message, path=tmp_path):
-    with pytest.raises(ValueError, match=message):
-      registry.load_scorer("niqe", path)
+    for read in (registry.check_scorer, registry.load_scorer):  # also before anything is drawn
+      with pytest.raises(ValueError, match=message):
+        read("niqe", path)
 
   refused("NIQE: .* has no picture and no niqe.safetensors; expected PNG, JPEG or WebP")
   refused("absent does not exist; expected a folder: put PNG", tmp_path / "absent")

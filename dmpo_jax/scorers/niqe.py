@@ -4,7 +4,9 @@ Mittal, Soundararajan and Bovik, "Making a completely blind image quality analyz
 Nothing is learnt and no weights are published with it here: a Gaussian is fitted to 36 features of
 patches of reference pictures, another to those of the picture at hand, and the distance of the two
 is the measure. The features are those of BRISQUE ("No-reference image quality assessment in the
-spatial domain", IEEE TIP 2012) with scales in place of variances, as NIQE has them.
+spatial domain", IEEE TIP 2012) with scales in place of variances, as NIQE has them. Constants and
+the numbers of equations are those that public implementations name (chaofengc/IQA-PyTorch,
+scikit-video); the papers' text was not at hand.
 
 float64 NumPy: the inverse of a covariance makes much of rounding, and of a flat region float32
 would keep nothing but rounding.

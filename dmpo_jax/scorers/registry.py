@@ -126,6 +126,22 @@ def load_scorer(name: str, path: str | pathlib.Path) -> batches.Scorer:
   Raises:
     ValueError: there is no such scorer or path, files are missing, or they are of another model.
   """
+  folder = _checked_folder(name, path)
+  return SCORERS[name].load(folder)
+
+
+def check_scorer(name: str, path: str | pathlib.Path) -> None:
+  """Refuses what `load_scorer` would, as far as it shows without reading weights.
+
+  Raises:
+    ValueError: as `load_scorer`.
+  """
+  folder = _checked_folder(name, path)
+  if not SCORERS[name].files:  # then what lies there is small, and no name tells whether it will do
+    SCORERS[name].load(folder)
+
+
+def _checked_folder(name: str, path: str | pathlib.Path) -> pathlib.Path:
   if name not in SCORERS:
     raise ValueError(f"scorer {name!r} is not known; expected one of {', '.join(SCORERS)}")
   info = SCORERS[name]
@@ -137,7 +153,7 @@ def load_scorer(name: str, path: str | pathlib.Path) -> batches.Scorer:
       f"scorer {name}: {folder} has no {' and no '.join(missing)}{others}; expected "
       f"{', '.join(info.files)}: {info.remedy}"
     )
-  return info.load(folder)
+  return folder
 
 
 def _folder(name, path):
