@@ -7,7 +7,7 @@
 
 Every run may spend the same number of forward passes of the UNet, a backward pass counting as two,
 samples that a method draws to train on included: a method that needs more a pair gets fewer
-updates. Then
+updates; or, where the study's configuration has `updates`, all get as many of these. Then
 
 1. each setting of a method is trained with the sweep's seed and measured on the validation split;
 2. chosen is the one with the highest win rate over the base (ties one half) of those that keep
@@ -138,12 +138,14 @@ class Study:
     out.mkdir(parents=True, exist_ok=True)
 
   def config(self, cell: Cell) -> config_lib.Config:
-    """The configuration of a run, its number of steps from the passes that it may spend."""
+    """The configuration of a run; without `updates` its steps come from the passes it may spend."""
     file = CONFIGS / f"{self.settings.methods[cell.row][0]}.py"
     fields = [f"--config.{each}" for each in cell.settings.split()]
     fields += [f"--config.seed={cell.seed}", *self._overrides]
     config = config_lib.from_dict(cli.read_config(str(file), fields))
-    steps = round(self.settings.passes / (config.batch_size * passes_a_pair(config)))
+    steps = self.settings.updates
+    if steps is None:
+      steps = round(self.settings.passes / (config.batch_size * passes_a_pair(config)))
     warmup = min(config.optim.warmup_steps, steps // 4)
     return dataclasses.replace(
       config, steps=steps, optim=dataclasses.replace(config.optim, warmup_steps=warmup)
@@ -153,6 +155,15 @@ class Study:
     """What was measured of a run; None where it has not been done."""
     path = self.out / cell.name / f"{cell.split}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+  def _is_done(self, cell: Cell) -> bool:
+    done, steps = self.result(cell), self.config(cell).steps
+    if done is not None and done["steps"] != steps:
+      raise ValueError(
+        f"{self.out / cell.name}: has {done['steps']} updates, expected {steps}: another study's;"
+        " give another --out"
+      )
+    return done is not None
 
   def run(self, cell: Cell) -> dict[str, Any]:
     """Trains and measures, or says what was measured before."""
@@ -186,7 +197,7 @@ class Study:
     Two runs with a core each are through sooner than one after the other with both: by a quarter
     at the demo's size.
     """
-    cells = [cell for cell in dict.fromkeys(cells) if self.result(cell) is None]
+    cells = [cell for cell in dict.fromkeys(cells) if not self._is_done(cell)]
     if jobs == 1 or not cells:
       for cell in cells:
         self.run(cell)

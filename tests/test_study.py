@@ -22,7 +22,7 @@ import ml_collections
 
 def get_config():
   return ml_collections.ConfigDict(dict(
-    passes=2 * 8 * 8, validation_images=2, test_images=2, sweep_seed=0, seeds=(1,),
+    passes=2 * 8 * 8, updates=None, validation_images=2, test_images=2, sweep_seed=0, seeds=(1,),
     lost_match=1.0, grown_rmse=10.0, noise=(0.5,), noisy=("dpo",),
     methods={"dpo": ("emoji_dpo", ("objective.beta=500.0", "objective.beta=1000.0"))},
   ))
@@ -42,8 +42,8 @@ def study():
   return load(SCRIPT)
 
 
-def shipped(study):
-  return study.read_settings(str(SCRIPT.parents[1] / "configs" / "study" / "emoji.py"))
+def shipped(study, name="emoji"):
+  return study.read_settings(str(SCRIPT.parents[1] / "configs" / "study" / f"{name}.py"))
 
 
 def small(**changes):
@@ -51,7 +51,9 @@ def small(**changes):
     "dmpo": ("emoji_dmpo", ("objective.beta=500.0", "objective.beta=1000.0")),
     "sft": ("emoji_sft", ("optim.learning_rate=2e-5", "optim.learning_rate=1e-4")),
   }
-  return ml_collections.ConfigDict({**dict(methods=methods, passes=64_000), **changes})
+  return ml_collections.ConfigDict(
+    {**dict(methods=methods, passes=64_000, updates=None), **changes}
+  )
 
 
 def write(made, cell, *, win, match=0.9, rmse=0.04):
@@ -87,6 +89,19 @@ def test_every_row_and_setting_is_a_configuration_and_costs_the_same(study, tmp_
     assert len(set(tried)) == len(tried)
   assert len(names) == sum(len(tried) for _, tried in settings.methods.values())
   assert settings.sweep_seed not in settings.seeds
+
+
+def test_equal_updates_take_the_place_of_equal_passes(study, tmp_path):
+  made = study.Study(shipped(study, "emoji_updates"), tmp_path, [])
+  cells = [cell for row in made.settings.methods for cell in made.sweep(row)]
+  assert {made.config(cell).steps for cell in cells} == {250}
+  assert len({cell.name for cell in cells}) == len(cells)
+  assert {"inpo", "seppo"} < set(made.settings.methods)
+  write(made, cells[0], win=0.5)
+  made.run_all(cells[:1], 1)  # there are its 250 updates already
+  other = study.Study(ml_collections.ConfigDict({**made.settings, "updates": 100}), tmp_path, [])
+  with pytest.raises(ValueError, match="has 250 updates, expected 100: another study's; give ano"):
+    other.run_all(cells[:1], 1)
 
 
 def test_swapped_pairs_are_a_share_and_the_same_ones_again(study):

@@ -7,6 +7,7 @@ Rules:    stated in `benchmarks/study.py`: settings are chosen on the validation
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 BETAS = tuple(f"objective.beta={beta}" for beta in (500.0, 1000.0, 2000.0, 4000.0))
 # IPO's loss has its minimum at a margin of 1/2, where DMPO's with alpha 0.01 has it at 4.6.
@@ -18,6 +19,7 @@ def get_config():
   # Forward passes of the UNet that a run may spend, a backward pass counting as two: those of the
   # demo, 250 updates with 32 pairs at 8 passes. A method that needs more a pair gets fewer updates.
   config.passes = 250 * 32 * 8
+  config.updates = config_dict.placeholder(int)  # in place of passes: as many for every method
   config.validation_images = 8  # a prompt
   config.test_images = 12
   config.sweep_seed = 0
