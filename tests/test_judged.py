@@ -146,6 +146,7 @@ def judged_of(batch):
   return types.JudgedBatch(moments, np.repeat(batch.input_ids, 2, axis=0), labels)
 
 
+@pytest.mark.slow
 def test_the_loss_of_pairs_is_that_of_their_images():
   """Same draws, same baseline: only what is a row differs."""
   _, objective, params, frozen, batch = test_other_objectives.problem("kto", moved=0.003)
@@ -178,6 +179,7 @@ def test_verdicts_turned_round_turn_the_loss_round():
     np.testing.assert_allclose(other[f"{counterpart}_advantage"].mean(), mean, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_advantages_are_means_over_the_images_of_one_verdict_on_all_devices():
   """15 desirable images and one that is not, by one device and by four; none is 0, not NaN."""
   _, objective, params, frozen, batch = test_other_objectives.problem("kto", moved=0.003)
