@@ -26,6 +26,7 @@ def start(base, data, out, processes=1, port=None, only=None, devices=1, **setti
     # More than one each can wait for ever for the others where there are few cores.
     "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    "XLA_FLAGS": tiny.QUICK_TO_COMPILE,
   }
   if processes > 1:
     command.append("--distributed")

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import tiny
 
 from dmpo_jax import cli
 
@@ -27,7 +28,9 @@ def chaos():
   module = sys.modules["chaos"] = importlib.util.module_from_spec(specification)
   specification.loader.exec_module(module)
   module.STEPS = 24  # enough of them that each signal finds the run still going on
-  return module
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", tiny.QUICK_TO_COMPILE)  # of the processes; this one has read its own
+    yield module
 
 
 @pytest.fixture(scope="module")

@@ -77,9 +77,12 @@ def png(pixels):
 
 @pytest.fixture(scope="module", params=list(tiny.KINDS))
 def prepared(request, tmp_path_factory):
-  """A base of each kind, with pairs encoded by it."""
-  folder = tmp_path_factory.mktemp(request.param)
-  base_folder = tiny.make_base(folder, kind=request.param)
+  return prepare(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def prepare(folder, kind):
+  """Folder of a base of a kind, the base, and pairs encoded by it."""
+  base_folder = tiny.make_base(folder, kind=kind)
   base = base_lib.load_base(str(base_folder), remat="layers")
   tfds.disable_progress_bar()
   builder = EditPairs(base.edits, data_dir=folder / "raw")

@@ -130,6 +130,11 @@ WIDE_KINDS = {
 }
 
 
+# XLA_FLAGS for processes that compare their runs with each other's: the programs are those of
+# other runs down to LLVM, half of whose time it saves.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
 def make_base(
   folder: pathlib.Path, seed: int = 0, kind: str = "sd1", wide: bool = False
 ) -> pathlib.Path:
