@@ -130,8 +130,8 @@ WIDE_KINDS = {
 }
 
 
-# XLA_FLAGS for processes that compare their runs with each other's: the programs are those of
-# other runs down to LLVM, half of whose time it saves.
+# XLA_FLAGS of processes whose runs are compared with each other's alone. XLA's own passes are those
+# of any run; LLVM's, which these leave out, are half of what compiling a step takes.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
