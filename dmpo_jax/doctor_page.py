@@ -265,9 +265,10 @@ def html(diagnosis: doctor_data.Diagnosis) -> str:
     for finding in diagnosis.findings
     if finding.severity != "note"
   ]
-  samples = _sheet("Pairs drawn at random", "winner left, loser right", diagnosis.samples)
+  titles = "Pairs drawn at random", "winner left, loser right"
   if diagnosis.judged:
-    samples = _sheet("Images drawn at random", "each with its verdict", diagnosis.samples)
+    titles = "Images drawn at random", "each with its verdict"
+  samples = _sheet(*titles, diagnosis.samples)
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width,initial-scale=1">\n'

@@ -111,7 +111,7 @@ class PairExamples(NamedTuple):
   time_ids: Float[Array, "B 6"] | None
   image_latents: Float[Array, "B h w c"] | None
   stored: types.Conditions | None  # the prompt's embeddings, where they were made beforehand
-  reference_errors: Float[Array, "B 2"] | None  # likewise
+  reference_errors: Float[Array, "B k"] | None  # likewise
   inversion_keys: UInt32[Array, "B 2 words"] | None = None  # key data for each latent
   desirable: Bool[Array, "B k"] | None = None  # of images that were judged one by one
 
@@ -217,7 +217,7 @@ PAIR = Draw()
 def draw_examples(
   denoiser: Denoiser,
   settings: Draw,
-  batch: types.PreferenceBatch | types.JudgedBatch,
+  batch: types.Batch,
   key: Key[Array, ""],
 ) -> PairExamples:
   """Latents, timesteps and noise of a batch's images."""
@@ -349,7 +349,7 @@ def _mean_square(left: Float[Array, "B k h w c"]) -> Float[Array, "B k"]:
   return jnp.square(left).mean(axis=(2, 3, 4))
 
 
-def _stored_conditions(batch: types.PreferenceBatch | types.JudgedBatch) -> types.Conditions | None:
+def _stored_conditions(batch: types.Batch) -> types.Conditions | None:
   if batch.prompt_embeds is None:
     return None
   embeds, added = batch.prompt_embeds.astype(jnp.float32), None

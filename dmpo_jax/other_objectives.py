@@ -103,7 +103,7 @@ def kto_objective(
     draw: winner and loser with two draws of noise; of judged images, `JUDGED` with one.
   """
 
-  def draw_images(batch: types.PreferenceBatch | types.JudgedBatch, key) -> objectives.PairExamples:
+  def draw_images(batch: types.Batch, key) -> objectives.PairExamples:
     if isinstance(batch, types.PreferenceBatch):
       return objectives.draw_examples(denoiser, draw, batch, key)
     single = draw._replace(images=JUDGED, noisings=1)

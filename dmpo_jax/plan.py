@@ -217,7 +217,7 @@ def find_devices(topology: Topology) -> list[jax.Device]:
 
 def abstract_task(
   config: config_lib.Config, base: base_lib.Base
-) -> tuple[Any, objectives.Frozen, train_step.Objective, Any]:
+) -> tuple[Any, objectives.Frozen, train_step.Objective, types.Batch]:
   """What the configuration trains, as shapes: parameters, frozen, objective, a global batch."""
   unet, seed = base.shapes["unet"], config.seed
   adapter = tasks.initial_adapter(config.lora, unet, seed)
@@ -241,9 +241,7 @@ def _shapes(tree: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), tree)
 
 
-def abstract_batch(
-  config: config_lib.Config, base: base_lib.Base
-) -> types.PreferenceBatch | types.JudgedBatch:
+def abstract_batch(config: config_lib.Config, base: base_lib.Base) -> types.Batch:
   """Shapes of a global batch as `dmpo prepare` writes it."""
   rows, (height, width, channels) = config.batch_size, base.latent_shape
 

@@ -246,7 +246,7 @@ def preference_task(
       f"data.prompt_embeds: {config.data.prompt_embeds}, but the pairs were prepared with"
       f" {not config.data.prompt_embeds}; set it so, or prepare into another folder"
     )
-  _check_judged(config, "desirable" in pair)
+  _check_judged(config, pipeline.are_judged(source))
   known = "reference_errors" in pair  # then draws are settled, caption dropout among them
   held_out = encoded.splits.get("validation")  # few pairs may leave none
   unet_params = base.params["unet"]

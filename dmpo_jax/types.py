@@ -85,6 +85,10 @@ class JudgedBatch(NamedTuple):
   reference_errors: Float[Array, "B 1"] | None = None
 
 
+Batch = PreferenceBatch | JudgedBatch
+"""What preference optimisation trains on."""
+
+
 class CaptionedBatch(NamedTuple):
   """Single images with captions, for the plain denoising loss."""
 

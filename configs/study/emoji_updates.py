@@ -17,7 +17,6 @@ def _rates(beta):
 
 def get_config():
   config = ml_collections.ConfigDict()
-  config.passes = 250 * 32 * 8
   config.updates = 250
   config.validation_images = 8
   config.test_images = 12

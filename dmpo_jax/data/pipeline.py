@@ -11,7 +11,6 @@ from absl import flags
 from dmpo_jax import types
 
 _THREADS, _PREFETCHED = 2, 4  # batches read ahead; records are small, decoding is a copy
-Batch = types.PreferenceBatch | types.JudgedBatch
 _WORKER_BATCHES = 2  # batches that each worker process holds ready
 
 
@@ -65,7 +64,7 @@ def preference_batches(
   process_count: int = 1,
   start: int = 0,
   workers: int = 0,
-) -> Iterator[Batch]:
+) -> Iterator[types.Batch]:
   """This process's share of the batches of steps `start`, `start` + 1, ...
 
   Every epoch has an order of its own, a function of (seed, epoch). Batches run on across the end
@@ -157,7 +156,7 @@ def pair_at(source: PairSource | Mixture, place: tuple[int, int]) -> dict[str, A
   return (source.sources[number] if isinstance(source, Mixture) else source)[position]
 
 
-def load_split(source: PairSource | Mixture, limit: int | None = None) -> Batch:
+def load_split(source: PairSource | Mixture, limit: int | None = None) -> types.Batch:
   """The first `limit` pairs (None: all) in the order on disk, without caption dropout.
 
   Of a mixture, in its proportions, until one of its sources ends.
@@ -261,7 +260,7 @@ def are_judged(source: PairSource | Mixture) -> bool:
   return "desirable" in first_pair(source)
 
 
-def stack(pairs: list[dict[str, Any]]) -> Batch:
+def stack(pairs: list[dict[str, Any]]) -> types.Batch:
   """Records -> a batch of the fields that they hold."""
   kind = types.JudgedBatch if "desirable" in pairs[0] else types.PreferenceBatch
   present = (field for field in kind._fields if field in pairs[0])

@@ -13,7 +13,6 @@
     found && /^[0-9a-f]{16}$/.test(found.voter) && Array.isArray(found.votes) &&
     found.votes.length <= data.ballots.length && found.votes.every((v) => choices.includes(v));
 
-  // Not localStorage: browsers write that up to a minute late, and a crash takes the votes with it.
   function settle(request, done) {
     return new Promise((resolve, reject) => {
       request[done] = () => resolve(request.result);
@@ -21,6 +20,7 @@
     });
   }
 
+  // Not localStorage: browsers write that up to a minute late, and a crash takes the votes with it.
   async function open() {
     const request = indexedDB.open(name);
     request.onupgradeneeded = () => request.result.createObjectStore("state");
@@ -54,11 +54,9 @@
 
   // The load event, not decode(): that waits for the browser to draw, which a starved one puts off.
   function loadImage(image, source) {
-    return new Promise((resolve, reject) => {
-      image.onload = resolve;
-      image.onerror = reject;
-      image.src = source;
-    });
+    const loaded = settle(image, "onload");
+    image.src = source;
+    return loaded;
   }
 
   async function show() {

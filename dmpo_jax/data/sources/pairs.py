@@ -1,5 +1,6 @@
 """A user's own pairs or judged images: a folder with lists (*.jsonl, *.csv) or, of pairs, *.tar."""
 
+import functools
 import os
 import pathlib
 import re
@@ -36,7 +37,8 @@ def open_pairs(
     ValueError: the folder is missing or has no such files, only some files are named by split, or
       the share is out of range.
   """
-  kinds = dict.fromkeys(_LISTS, _pair_list) | {".tar": pairs_tar.TarShard}
+  lists = functools.partial(pairs_lists.ListShard, columns=pairs_lists.PAIRS)
+  kinds = dict.fromkeys(_LISTS, lists) | {".tar": pairs_tar.TarShard}
   expected = "*.jsonl, *.csv (caption, winner, loser) or *.tar"
   return _open(dataset, path, validation_share, kinds, expected)
 
@@ -52,21 +54,14 @@ def open_judged(
   Raises:
     ValueError: as `open_pairs`.
   """
-  kinds = dict.fromkeys(_LISTS, _judged_list)
+  lists = functools.partial(pairs_lists.ListShard, columns=pairs_lists.JUDGED)
+  kinds = dict.fromkeys(_LISTS, lists)
   return _open(
     dataset, path, validation_share, kinds, "*.jsonl or *.csv (caption, image, desirable)"
   )
 
 
 MakeShard = Callable[[str, str, held_out.Part | None], rows.Shard]
-
-
-def _pair_list(name: str, folder: str, part: held_out.Part | None) -> rows.Shard:
-  return pairs_lists.ListShard(name, folder, part, pairs_lists.PAIRS)
-
-
-def _judged_list(name: str, folder: str, part: held_out.Part | None) -> rows.Shard:
-  return pairs_lists.ListShard(name, folder, part, pairs_lists.JUDGED)
 
 
 def _open(
